@@ -1,0 +1,6 @@
+"""Lightning callbacks: what runs write, print and remember."""
+
+from lightning_modules.callbacks.random_state import RandomState
+from lightning_modules.callbacks.run_record import EpochLines
+
+__all__ = ["EpochLines", "RandomState"]

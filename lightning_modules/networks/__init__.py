@@ -1,0 +1,11 @@
+"""Plain ``nn.Module`` networks, free of Lightning."""
+
+from lightning_modules.networks.transformer import (
+    PreNormBlock,
+    PublishedBlock,
+    SelfAttention,
+    SequenceEncoder,
+    causal_mask,
+)
+
+__all__ = ["PreNormBlock", "PublishedBlock", "SelfAttention", "SequenceEncoder", "causal_mask"]

@@ -1,0 +1,187 @@
+"""SASRec trained with a sampled cross-entropy that never writes the logit matrix. Source: arXiv 2509.09682."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_modules.losses import CCEMinusLoss
+from lightning_modules.metrics import MAP, MRR, NDCG, Coverage, HitRate, Precision, Recall, Surprisal
+from lightning_modules.networks import PublishedBlock, SequenceEncoder
+from lightning_modules.networks.transformer import BlockFactory
+from lightning_modules.ranking import top_k_items
+
+PUBLISHED_CUTOFFS = (1, 5, 10, 20, 100)
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """Ranked items of a batch of users: ``item_ids (B, k) int64`` with -1 and ``scores`` -inf where none is left."""
+
+    user_index: Tensor
+    item_ids: Tensor
+    scores: Tensor
+
+
+def _adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=1e-3, betas=(0.9, 0.98))
+
+
+class SASRecCCE(LightningModule):
+    """Next items of a user from the order of the last ones: a causal transformer with a tied head and CCE-.
+
+    The batches are those of ``InteractionsDataModule``: ``item_ids (B, T) int64`` left-padded with V,
+    ``basket_ids (B, T) int64``; in training ``targets (B, T) int64`` with -100 where there is none; in evaluation
+    ``relevant (B, R) int64`` padded with -1 and the whole history of each user as ``history_items (M,)``,
+    ``history_offsets (B + 1,)``. ``n_items``, ``max_length``, ``recommend_seen`` and ``item_counts`` are facts of
+    the data and linked by the CLI, never typed.
+
+    Logged: ``train/loss``, ``val/loss`` (against the relevant items, from the last slot), ``val/<metric>@<k>``,
+    ``test/<metric>@<k>``.
+
+    Args:
+        n_items: Catalogue size V.
+        max_length: Most recent items read, T.
+        recommend_seen: Whether items of the user's own history may be recommended.
+        item_counts: ``(V,)`` training interactions of each item; only popularity sampling needs it.
+        d_model: Width D of states and item table.
+        n_blocks: Depth.
+        dropout: Dropout of the embedded input; the blocks have their own.
+        block: Factory of one block, called with D.
+        loss: ``loss(hidden (..., D), table (V, D), targets (...), step=, rank=, validation=) -> scalar``.
+        optimizer: Called with the parameters.
+        scheduler: Called with the optimiser; stepped every epoch, a plateau scheduler on ``monitor``.
+        monitor: The logged key a plateau scheduler watches.
+        cutoffs: The k of the metrics, the largest is the length of the ranking.
+        n_recommendations: Items a user in ``predict``.
+
+    Raises:
+        ValueError: If a size is out of range, or a fact of the data was not linked.
+
+    Source: the released code of arXiv 2509.09682 for the published block, initialisation and optimiser.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_items: int,
+        max_length: int,
+        recommend_seen: bool = False,
+        item_counts: Sequence[int] | None = None,
+        d_model: int = 64,
+        n_blocks: int = 2,
+        dropout: float = 0.1,
+        block: BlockFactory = PublishedBlock,
+        loss: nn.Module | None = None,
+        optimizer: OptimizerCallable = _adam,
+        scheduler: LRSchedulerCallable | None = None,
+        monitor: str = "val/ndcg@10",
+        cutoffs: Sequence[int] = PUBLISHED_CUTOFFS,
+        n_recommendations: int = 10,
+    ) -> None:
+        if n_items is None or max_length is None:
+            raise ValueError(f"n_items and max_length must come from the data, got {n_items} and {max_length}")
+        if not cutoffs or min(cutoffs) < 1:
+            raise ValueError(f"cutoffs must be at least one k >= 1, got {list(cutoffs)}")
+        if n_recommendations < 1:
+            raise ValueError(f"n_recommendations must be at least 1, got {n_recommendations}")
+        super().__init__()
+        self.n_items = n_items
+        self.recommend_seen = recommend_seen
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.monitor = monitor
+        self.cutoffs = sorted(set(cutoffs))
+        self.n_recommendations = n_recommendations
+        self.encoder = SequenceEncoder(
+            n_items=n_items, d_model=d_model, max_length=max_length, n_blocks=n_blocks, block=block, dropout=dropout
+        )
+        self.loss = CCEMinusLoss() if loss is None else loss
+        if isinstance(self.loss, CCEMinusLoss) and item_counts is not None:
+            self.loss.fit_proposal(torch.as_tensor(item_counts))
+        # Micro-batches so far, not optimiser steps: gradient accumulation must draw fresh negatives each time. A
+        # buffer, so that a resumed run goes on with the draws the unbroken run would have made.
+        self.register_buffer("micro_step", torch.zeros((), dtype=torch.int64))
+        self.val_metrics = self._metrics("val/")
+        self.test_metrics = self._metrics("test/")
+
+    def _metrics(self, prefix: str) -> MetricCollection:
+        metrics: dict[str, Metric] = {}
+        for k in self.cutoffs:
+            for name, kind in {
+                "ndcg": NDCG,
+                "hit_rate": HitRate,
+                "recall": Recall,
+                "precision": Precision,
+                "map": MAP,
+                "mrr": MRR,
+            }.items():
+                metrics[f"{name}@{k}"] = kind(k)
+            metrics[f"coverage@{k}"] = Coverage(k, self.n_items)
+            metrics[f"surprisal@{k}"] = Surprisal(k, self.n_items)
+        return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+
+    def forward(self, item_ids: Tensor, basket_ids: Tensor) -> Tensor:
+        """States ``(B, T, D)`` of left-padded histories ``(B, T)``."""
+        return self.encoder(item_ids, basket_ids)
+
+    def _last_state(self, batch: dict[str, Tensor]) -> Tensor:
+        return self(batch["item_ids"], batch["basket_ids"])[:, -1]
+
+    def _rank(self, state: Tensor, batch: dict[str, Tensor], k: int) -> Recommendations:
+        seen = (None, None) if self.recommend_seen else (batch["history_items"], batch["history_offsets"])
+        scores, item_ids = top_k_items(state, self.encoder.item_embeddings, k, seen_items=seen[0], seen_offsets=seen[1])
+        return Recommendations(batch["user_index"], item_ids, scores)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean loss over every slot that has a target."""
+        hidden = self(batch["item_ids"], batch["basket_ids"])
+        targets = batch["targets"]
+        loss = self.loss(
+            hidden, self.encoder.item_embeddings, targets, step=int(self.micro_step), rank=self.global_rank
+        )
+        self.micro_step += 1
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
+        return loss
+
+    def _evaluate(self, state: Tensor, batch: dict[str, Tensor], metrics: MetricCollection) -> Recommendations:
+        ranked = self._rank(state, batch, self.cutoffs[-1])
+        for metric in metrics.values():
+            if isinstance(metric, Coverage | Surprisal):
+                metric.update(ranked.item_ids, batch["history_items"], batch["history_offsets"])
+            else:
+                metric.update(ranked.item_ids, batch["relevant"])
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(state))
+        return ranked
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Rank the catalogue, and take the loss of the last state against each relevant item."""
+        state = self._last_state(batch)
+        self._evaluate(state, batch, self.val_metrics)
+        targets = batch["relevant"].masked_fill(batch["relevant"] < 0, -100)
+        hidden = state[:, None].expand(*targets.shape, -1)
+        loss = self.loss(
+            hidden, self.encoder.item_embeddings, targets, step=batch_idx, rank=self.global_rank, validation=True
+        )
+        self.log("val/loss", loss, batch_size=int((targets >= 0).sum()), sync_dist=True)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Recommendations:
+        """Rank the catalogue; the report callback reads what is returned."""
+        return self._evaluate(self._last_state(batch), batch, self.test_metrics)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Recommendations:
+        """The ``n_recommendations`` best items of each user, from the whole history."""
+        return self._rank(self._last_state(batch), batch, self.n_recommendations)
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimiser, and the scheduler if there is one."""
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self.scheduler(optimizer), "interval": "epoch", "monitor": self.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
