@@ -3,10 +3,10 @@
 import importlib.util
 import logging
 import os
-import pickle
 import re
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,14 @@ from lightning_modules.run_folder import BEST, LAST, RunLogger, SaveRunConfig, n
 LINKS = ("n_items", "max_length", "recommend_seen", "item_counts")
 # Module that is missing -> extra that brings it.
 EXTRAS = {"wandb": "wandb", "gtda": "tda", "sklearn": "tda", "sktime": "timeseries"}
+_IRRELEVANT = (
+    # batches are assembled whole in well under a millisecond: worker processes would only cost copies
+    ".*does not have many workers.*",
+    # everything is logged by epoch
+    ".*smaller than the logging interval.*",
+    # lightning 2.6 against the newer pytree of torch 2.13
+    ".*isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+)
 TRACEBACK_VARIABLE = "SEQLIT_TRACEBACK"
 
 
@@ -40,6 +48,21 @@ class SeqlitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for fact in LINKS:
             parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Our checkpoints carry no hyperparameters to read back: only see that the file is a checkpoint at all."""
+        path = self.config[self.subcommand_asked].ckpt_path
+        if path in (None, "best", "last"):
+            return
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"ckpt_path: no such checkpoint: {path}")
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"ckpt_path: {path} is not a checkpoint (or a truncated one)")
+
+    @property
+    def subcommand_asked(self) -> str:
+        """The subcommand of the command line; Lightning sets its own attribute later."""
+        return str(self.config["subcommand"])
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -69,8 +92,6 @@ class SeqlitCLI(LightningCLI):
         if asked in (None, "best", "last"):
             checkpoint = LAST if asked == "last" else BEST
             config.ckpt_path = str(newest_run(root, resolved, checkpoint) / "checkpoints" / checkpoint)
-        elif not Path(asked).is_file():
-            raise FileNotFoundError(f"ckpt_path: no such checkpoint: {asked}")
         run = Path(config.ckpt_path).parent.parent
         if (run / "config.yaml").is_file():
             # Results go beside the checkpoint they came from, and the metrics of the fit stay as they are.
@@ -110,8 +131,8 @@ def main() -> None:
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    # Batches are assembled whole in well under a millisecond: worker processes would only cost copies.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in _IRRELEVANT:
+        warnings.filterwarnings("ignore", message=message)
     try:
         SeqlitCLI(
             subclass_mode_model=True,
@@ -123,8 +144,10 @@ def main() -> None:
             trainer_defaults={"callbacks": [RandomState(), EpochLines()]},
             parser_class=_Parser,
         )
-    except (ValueError, OSError, ImportError, MisconfigurationException, pickle.UnpicklingError) as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
+    except (ValueError, OSError, ImportError, MisconfigurationException, RuntimeError) as error:
+        # Of runtime errors only the one that names every weight that does not fit the network is a user's.
+        foreign = isinstance(error, RuntimeError) and "Error(s) in loading state_dict" not in str(error)
+        if foreign or os.environ.get(TRACEBACK_VARIABLE):
             raise
         _fail(_missing_extra(error) or str(error))
     finally:

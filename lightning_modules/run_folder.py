@@ -1,8 +1,8 @@
 """Where a run leaves its things, and how a later command finds them again.
 
-``runs/<method>/version_<n>/`` holds ``config.yaml`` (resolved), ``metrics.csv``, ``fit.json``, ``checkpoints/best.ckpt``
-and ``checkpoints/last.ckpt``, and after ``test`` the folder ``report/``. A run belongs to a config when both resolve
-to the same model, data and seed; what only decides how fast things go does not count.
+``runs/<method>/version_<n>/`` holds ``config.yaml`` (resolved), ``metrics.csv``, ``fit.json``,
+``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``, and after ``test`` the folder ``report/``. A run belongs to a
+config when both resolve to the same model, data and seed; what only decides how fast things go does not count.
 """
 
 import csv

@@ -1,7 +1,6 @@
 """SASRec trained with a sampled cross-entropy that never writes the logit matrix. Source: arXiv 2509.09682."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +13,9 @@ from lightning_modules.losses import CCEMinusLoss
 from lightning_modules.metrics import MAP, MRR, NDCG, Coverage, HitRate, Precision, Recall, Surprisal
 from lightning_modules.networks import PublishedBlock, SequenceEncoder
 from lightning_modules.networks.transformer import BlockFactory
-from lightning_modules.ranking import top_k_items
+from lightning_modules.ranking import Recommendations, top_k_items
 
 PUBLISHED_CUTOFFS = (1, 5, 10, 20, 100)
-
-
-@dataclass(frozen=True)
-class Recommendations:
-    """Ranked items of a batch of users: ``item_ids (B, k) int64`` with -1 and ``scores`` -inf where none is left."""
-
-    user_index: Tensor
-    item_ids: Tensor
-    scores: Tensor
 
 
 def _adam(params: Any) -> torch.optim.Optimizer:
@@ -53,6 +43,8 @@ class SASRecCCE(LightningModule):
         n_blocks: Depth.
         dropout: Dropout of the embedded input; the blocks have their own.
         block: Factory of one block, called with D.
+        copy_history: Whether states may point back at items of the history, for catalogues with repeat purchases,
+            see :class:`lightning_modules.networks.HistoryCopy`.
         loss: ``loss(hidden (..., D), table (V, D), targets (...), step=, rank=, validation=) -> scalar``.
         optimizer: Called with the parameters.
         scheduler: Called with the optimiser; stepped every epoch, a plateau scheduler on ``monitor``.
@@ -77,6 +69,7 @@ class SASRecCCE(LightningModule):
         n_blocks: int = 2,
         dropout: float = 0.1,
         block: BlockFactory = PublishedBlock,
+        copy_history: bool = False,
         loss: nn.Module | None = None,
         optimizer: OptimizerCallable = _adam,
         scheduler: LRSchedulerCallable | None = None,
@@ -99,19 +92,26 @@ class SASRecCCE(LightningModule):
         self.cutoffs = sorted(set(cutoffs))
         self.n_recommendations = n_recommendations
         self.encoder = SequenceEncoder(
-            n_items=n_items, d_model=d_model, max_length=max_length, n_blocks=n_blocks, block=block, dropout=dropout
+            n_items=n_items,
+            d_model=d_model,
+            max_length=max_length,
+            n_blocks=n_blocks,
+            block=block,
+            dropout=dropout,
+            copy_history=copy_history,
         )
         self.loss = CCEMinusLoss() if loss is None else loss
         if isinstance(self.loss, CCEMinusLoss) and item_counts is not None:
             self.loss.fit_proposal(torch.as_tensor(item_counts))
         # Micro-batches so far, not optimiser steps: gradient accumulation must draw fresh negatives each time. A
         # buffer, so that a resumed run goes on with the draws the unbroken run would have made.
+        self.micro_step: Tensor
         self.register_buffer("micro_step", torch.zeros((), dtype=torch.int64))
         self.val_metrics = self._metrics("val/")
         self.test_metrics = self._metrics("test/")
 
     def _metrics(self, prefix: str) -> MetricCollection:
-        metrics: dict[str, Metric] = {}
+        metrics: dict[str, Metric | MetricCollection] = {}
         for k in self.cutoffs:
             for name, kind in {
                 "ndcg": NDCG,
@@ -170,7 +170,7 @@ class SASRecCCE(LightningModule):
         )
         self.log("val/loss", loss, batch_size=int((targets >= 0).sum()), sync_dist=True)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Recommendations:
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Recommendations:  # type: ignore[override]
         """Rank the catalogue; the report callback reads what is returned."""
         return self._evaluate(self._last_state(batch), batch, self.test_metrics)
 

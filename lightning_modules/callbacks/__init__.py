@@ -1,6 +1,8 @@
 """Lightning callbacks: what runs write, print and remember."""
 
+from lightning_modules.callbacks.predictions import RecommendationWriter
 from lightning_modules.callbacks.random_state import RandomState
+from lightning_modules.callbacks.ranking_report import RankingReport
 from lightning_modules.callbacks.run_record import EpochLines
 
-__all__ = ["EpochLines", "RandomState"]
+__all__ = ["EpochLines", "RandomState", "RankingReport", "RecommendationWriter"]

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_modules.sasrec_cce import Recommendations
+from lightning_modules.ranking import Recommendations
 
 
 class RecommendationWriter(Callback):

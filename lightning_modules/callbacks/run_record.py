@@ -48,7 +48,7 @@ class EpochLines(Callback):
         if trainer.progress_bar_callback is not None or not trainer.is_global_zero:
             return
         watched = ["train/loss", "val/loss"]
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
             if isinstance(callback, Checkpoint) and monitor and monitor not in watched:
                 watched.append(monitor)
@@ -58,6 +58,6 @@ class EpochLines(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``fit.json``."""
-        if trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run:
+        if trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             facts = {"seconds": self._elapsed(), "epochs": trainer.current_epoch, "finished": not trainer.interrupted}
             write_whole(Path(trainer.log_dir) / "fit.json", json.dumps(facts, indent=2) + "\n")

@@ -88,7 +88,7 @@ class CCEMinusLoss(nn.Module):
         """
         if self.proposal is not None:
             self.proposal = self.proposal.to(hidden.device)
-        return cce_minus_loss(
+        loss = cce_minus_loss(
             hidden,
             item_embeddings,
             targets,
@@ -103,6 +103,8 @@ class CCEMinusLoss(nn.Module):
             weight=weight,
             impl=self.impl,
         )
+        assert isinstance(loss, Tensor)  # a pair only with return_lse
+        return loss
 
     def extra_repr(self) -> str:
         """What decides the loss, for the model summary."""

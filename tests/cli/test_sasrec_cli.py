@@ -1,0 +1,289 @@
+"""The real command on small files: fit, test, predict, resume, overrides, and every kind of wrong input in one line."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "sasrec_cce").glob("*.yaml"))
+SHIPPED = next(path for path in CONFIGS if path.stem == "online_retail")
+
+
+def write_shop(path: Path, *, n_users=60, n_items=40, seed=0, first_item=0) -> Path:
+    """Baskets of three items that move along a ring of items, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    n_baskets = 12
+    start = rng.integers(0, n_items, n_users)
+    user, basket, slot = np.meshgrid(np.arange(n_users), np.arange(n_baskets), np.arange(3), indexing="ij")
+    item = (start[user] + 3 * basket + slot) % n_items + first_item
+    day = basket * 7 + rng.integers(0, 5, (n_users, n_baskets, 1))
+    frame = pl.DataFrame(
+        {
+            "customer": [f"c{number}" for number in user.ravel()],
+            "article": [f"a{number}" for number in item.ravel()],
+            "day": (np.datetime64("2024-01-01") + day.astype("timedelta64[D]")).ravel(),
+        }
+    )
+    frame.write_csv(path)
+    return path
+
+
+@pytest.fixture
+def shop(tmp_path):
+    return write_shop(tmp_path / "shop.csv")
+
+
+@pytest.fixture
+def config(tmp_path, shop):
+    """The shipped config, cut down to a toy and pointed at the small shop."""
+    settings = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    settings["trainer"] |= {"max_epochs": 2, "accelerator": "cpu", "deterministic": True}
+    settings["model"]["init_args"] |= {"d_model": 16, "n_recommendations": 5, "cutoffs": [1, 5, 10]}
+    settings["model"]["init_args"]["loss"]["init_args"]["n_negatives"] = 8
+    settings["data"]["init_args"] |= {
+        "paths": "shop.csv",
+        "user_column": "customer",
+        "item_column": "article",
+        "time_column": "day",
+        "where": [],
+        "max_length": 12,
+        "batch_size": 16,
+        "validation_user_fraction": 0.2,
+    }
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def one_line(error: str) -> str:
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert len(lines) == 1, error
+    assert lines[0].startswith("seqlit: error: ")
+    return lines[0]
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_fit_test_predict(seqlit, config, tmp_path, shop):
+    status, out, err = seqlit("fit", "--config", config)
+    assert status == 0, err
+    run = tmp_path / "runs" / "sasrec_cce" / "version_0"
+    assert f"run folder {Path('runs/sasrec_cce/version_0')}" in out
+    assert files_below(run) == {
+        "config.yaml",
+        "metrics.csv",
+        "fit.json",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+    }
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["model"]["init_args"]["d_model"] == 16
+    with (run / "metrics.csv").open(newline="") as file:
+        logged = list(csv.DictReader(file))
+    assert [row["epoch"] for row in logged if row["train/loss"]] == ["0", "1"]
+    metrics_before = (run / "metrics.csv").read_bytes()
+
+    status, out, err = seqlit("test", "--config", config)
+    assert status == 0, err
+    assert (run / "metrics.csv").read_bytes() == metrics_before
+    pictures = {"comparison.png", "history_length.png", "popularity.png", "training.png"}
+    assert files_below(run / "report") == {"metrics.json", "report.md", *pictures}
+    for picture in pictures:
+        assert (run / "report" / picture).read_bytes().startswith(b"\x89PNG")
+    report = json.loads((run / "report" / "metrics.json").read_text())
+    baselines = {"most_popular", "last_basket_markov", "covisitation", "personal_frequency"}
+    assert set(report["baselines"]) == baselines == set(report["paired_difference"])
+    assert {"ndcg@10", "hit_rate@1", "coverage@10", "surprisal@10"} <= set(report["model"])
+    for name in baselines:
+        mean, low, high = report["paired_difference"][name]["ndcg@10"]
+        assert low <= mean <= high
+        # The interval is that of the difference of the very numbers in the table.
+        assert mean == pytest.approx(report["model"]["ndcg@10"] - report["baselines"][name]["ndcg@10"], abs=1e-6)
+    assert report["n_users"] > 10
+    assert report["seed"] == 42
+    assert report["seconds"]["fit"] > 0 < report["seconds"]["test"]
+
+    status, out, err = seqlit("predict", "--config", config)
+    assert status == 0, err
+    ranked = pl.read_parquet(run / "recommendations.parquet")
+    assert ranked.columns == ["user_id", "rank", "item_id", "score"]
+    assert set(ranked["user_id"]) == {f"c{number}" for number in range(60)}
+    assert set(ranked["item_id"]) <= set(pl.read_csv(shop)["article"])
+    by_user = ranked.group_by("user_id").agg(pl.col("rank"), pl.col("item_id").n_unique(), pl.col("score").diff().max())
+    assert by_user["rank"].to_list() == [[1, 2, 3, 4, 5]] * 60
+    assert (by_user["item_id"] == 5).all()
+    assert by_user["score"].max() <= 0
+    assert not list(run.rglob(".*")), "a draft was left behind"
+
+
+def test_history_removed_never_recommends_what_the_user_bought(seqlit, config, tmp_path, shop):
+    off = ("--data.init_args.recommend_seen", "false")
+    assert seqlit("fit", "--config", config, *off)[0] == 0
+    assert seqlit("predict", "--config", config, *off)[0] == 0
+    ranked = pl.read_parquet(tmp_path / "runs/sasrec_cce/version_0/recommendations.parquet")
+    bought = pl.read_csv(shop).select(user_id="customer", item_id="article")
+    assert ranked.height > 0
+    assert ranked.join(bought, on=["user_id", "item_id"]).height == 0
+
+
+def test_validate_logs_and_override_takes_effect(seqlit, config, tmp_path):
+    override = ("--model.init_args.d_model", "8", "--model.init_args.loss.init_args.sharing", "tile")
+    assert seqlit("fit", "--config", config, *override)[0] == 0
+    status, out, err = seqlit("validate", "--config", config, *override)
+    assert status == 0, err
+    assert "val/ndcg@10" in out
+    resolved = yaml.safe_load((tmp_path / "runs/sasrec_cce/version_0/config.yaml").read_text())["model"]["init_args"]
+    assert resolved["d_model"] == 8
+    assert resolved["loss"]["init_args"]["sharing"] == "tile"
+    # Without the override it is another config, and the message says in what.
+    status, _, err = seqlit("test", "--config", config)
+    assert status == 2
+    assert "model.init_args.d_model is 8 there, 16 here" in one_line(err)
+
+
+def test_newest_run_of_the_config_is_taken(seqlit, config, tmp_path):
+    assert seqlit("fit", "--config", config)[0] == 0
+    assert seqlit("fit", "--config", config, "--trainer.max_epochs", "1")[0] == 0
+    assert seqlit("fit", "--config", config, "--seed_everything", "7")[0] == 0
+    assert seqlit("test", "--config", config, "--data.init_args.eval_batch_size", "7")[0] == 0
+    tested = [run.name for run in (tmp_path / "runs" / "sasrec_cce").iterdir() if (run / "report").exists()]
+    assert tested == ["version_1"]
+
+
+def test_resume_from_an_epochs_end_is_bit_for_bit(seqlit, config, tmp_path):
+    """Dropout on: two sittings of two epochs give the weights, the optimiser and the metrics of one of four."""
+    config.write_text(config.read_text().replace("name: sasrec_cce", "name: whole"))
+    assert seqlit("fit", "--config", config, "--trainer.max_epochs", "4")[0] == 0
+    config.write_text(config.read_text().replace("name: whole", "name: parts"))
+    assert seqlit("fit", "--config", config, "--trainer.max_epochs", "2")[0] == 0
+    torch.rand(7)  # another process would not be where this one is
+    status, _, err = seqlit("fit", "--config", config, "--trainer.max_epochs", "4", "--ckpt_path", "last")
+    assert status == 0, err
+    runs = tmp_path / "runs"
+    assert [path.name for path in (runs / "parts").iterdir()] == ["version_0"]
+    whole, parts = (
+        torch.load(runs / name / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("whole", "parts")
+    )
+    assert whole["global_step"] == parts["global_step"] > 0
+    assert int(whole["state_dict"]["micro_step"]) == whole["global_step"]
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][key]), key
+    for index, state in whole["optimizer_states"][0]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, parts["optimizer_states"][0]["state"][index][key]), (index, key)
+
+    def rows(name):
+        with (runs / name / "version_0" / "metrics.csv").open(newline="") as file:
+            return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+    assert rows("whole") == rows("parts")
+
+
+def test_checkpoints_hold_plain_values_only(seqlit, config, tmp_path):
+    assert seqlit("fit", "--config", config, "--trainer.max_epochs", "1")[0] == 0
+    checkpoint = torch.load(tmp_path / "runs/sasrec_cce/version_0/checkpoints/best.ckpt", weights_only=True)
+    assert "hyper_parameters" not in checkpoint
+    assert any("RandomState" in key for key in checkpoint["callbacks"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_parses_and_trains_on_small_data(seqlit, path, shop, tmp_path):
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = settings["data"]["init_args"]
+    if not str(data["paths"]).startswith("bundled:"):
+        # The set itself may not be redistributed: the same columns, filled with the small shop.
+        names = {data["user_column"]: "customer", data["item_column"]: "article"}
+        frame = pl.read_csv(shop, try_parse_dates=True).select(
+            pl.col("customer").alias(data["user_column"]),
+            pl.col("article").alias(data["item_column"]),
+            *([pl.col("day").alias(data["time_column"])] if data.get("time_column") else []),
+            *([pl.int_range(pl.len()).alias(data["order_column"])] if data.get("order_column") else []),
+            rating=pl.lit(5),
+        )
+        assert set(names) <= set(frame.columns)
+        frame.write_parquet(tmp_path / "small.parquet")
+        settings["data"]["init_args"]["paths"] = "small.parquet"
+    settings["trainer"] |= {
+        "max_epochs": 1,
+        "limit_train_batches": 2,
+        "limit_val_batches": 1,
+        "limit_test_batches": 1,
+        "accelerator": "cpu",
+    }
+    settings["model"]["init_args"]["loss"]["init_args"]["n_negatives"] = 8
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
+    status, _, err = seqlit("fit", "--config", "small.yaml")
+    assert status == 0, err
+    status, _, err = seqlit("test", "--config", "small.yaml")
+    assert status == 0, err
+
+
+WRONG = {
+    "test before any fit": (["test"], "no run of this config"),
+    "resume before any fit": (["fit", "--ckpt_path", "last"], "no run of this config"),
+    "absent checkpoint": (["test", "--ckpt_path", "nowhere.ckpt"], "no such checkpoint: nowhere.ckpt"),
+    "checkpoint that is none": (["test", "--ckpt_path", "shop.csv"], "shop.csv is not a checkpoint"),
+    "unknown model class": (["fit", "--model.class_path", "lightning_modules.SASRecBCE"], "SASRecBCE"),
+    "unknown loss class": (["fit", "--model.init_args.loss.class_path", "nowhere.Loss"], "nowhere.Loss"),
+    "unknown argument": (["fit", "--model.init_args.d_modell", "8"], "d_modell"),
+    "text for a number": (["fit", "--model.init_args.d_model", "wide"], "d_model"),
+    "no negatives": (["fit", "--model.init_args.loss.init_args.n_negatives", "0"], "n_negatives must be at least 1"),
+    "width that heads do not divide": (
+        ["fit", "--model.init_args.d_model", "15"],
+        "n_heads must be a positive divisor",
+    ),
+    "no length": (["fit", "--data.init_args.max_length", "0"], "max_length must be at least 1, got 0"),
+    "absent file": (["fit", "--data.init_args.paths", "absent.csv"], "absent.csv"),
+    "misnamed column": (["fit", "--data.init_args.user_column", "custommer"], "custommer"),
+    "unknown split": (["fit", "--data.init_args.split", "random"], "split"),
+    "cutoff that is not ranked": (["test", "--model.init_args.cutoffs", "[1]"], "no run of this config"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_ends_in_one_line(seqlit, config, case, tmp_path):
+    arguments, words = WRONG[case]
+    before = files_below(tmp_path)
+    status, _, err = seqlit(arguments[0], "--config", config, *arguments[1:])
+    assert status == 2
+    assert words in one_line(err)
+    left = {name for name in files_below(tmp_path) - before if not name.startswith(".seqlit_cache")}
+    assert not left, "a refused run left files"
+
+
+def test_no_config_file(seqlit):
+    status, _, err = seqlit("fit", "--config", "nowhere.yaml")
+    assert status == 2
+    assert "nowhere.yaml" in one_line(err)
+
+
+def test_checkpoint_of_another_catalogue(seqlit, config, tmp_path):
+    assert seqlit("fit", "--config", config, "--trainer.max_epochs", "1")[0] == 0
+    checkpoint = tmp_path / "runs/sasrec_cce/version_0/checkpoints/best.ckpt"
+    # As many items under other names: the shapes fit, the meaning does not.
+    write_shop(tmp_path / "shop.csv", first_item=100)
+    status, _, err = seqlit("test", "--config", config, "--ckpt_path", checkpoint)
+    assert status == 2
+    assert "catalogue" in one_line(err)
+    assert not (tmp_path / "runs/sasrec_cce/version_0/report").exists()
+
+
+def test_missing_extra_is_named(seqlit, config, monkeypatch):
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find_spec(name, *a))
+    import lightning.pytorch.loggers.wandb as module
+
+    monkeypatch.setattr(module, "_WANDB_AVAILABLE", False)
+    status, _, err = seqlit("fit", "--config", config, "--trainer.logger", "lightning.pytorch.loggers.WandbLogger")
+    assert status == 2
+    assert "pip install 'seqlit[wandb]'" in one_line(err)
