@@ -1,0 +1,93 @@
+"""No tensor of the size of the logits, let alone of the gathered rows, is ever allocated by the chunked path."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.cce_minus import Proposal, candidate_rows, cce_minus_loss, torch_chunked
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements and bytes of any tensor that an operator returns, backward pass included."""
+
+    def __init__(self, ignored_sizes=()):
+        super().__init__()
+        self.ignored_sizes = ignored_sizes
+        self.elements, self.bytes, self.where = 0, 0, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                size = tensor.untyped_storage().nbytes()
+                if size in self.ignored_sizes:
+                    continue
+                if size > self.bytes:
+                    self.bytes, self.where = size, func
+                self.elements = max(self.elements, size // tensor.element_size())
+        return out
+
+
+def largest_tensor(hidden, table, targets, ignore_outputs=False, **kwargs):
+    sizes = {hidden.untyped_storage().nbytes(), table.untyped_storage().nbytes()}
+    with LargestTensor(sizes if ignore_outputs else ()) as largest:
+        loss = cce_minus_loss(hidden, table, targets, **kwargs)
+        loss.backward()
+    return largest
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """A sixteenth of the memory, so that a problem of a second falls into many blocks."""
+    monkeypatch.setattr(torch_chunked, "SPARSE_BLOCK_BYTES", torch_chunked.SPARSE_BLOCK_BYTES // 16)
+    smaller = {device: size // 16 for device, size in torch_chunked.GATHERED_BLOCK_BYTES.items()}
+    monkeypatch.setattr(torch_chunked, "GATHERED_BLOCK_BYTES", smaller)
+    return {"sparse": torch_chunked.SPARSE_BLOCK_BYTES, "gathered": smaller["cpu"]}
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sharing", ["position", "tile", "batch"])
+@pytest.mark.parametrize("alias", [False, True])
+def test_nothing_grows_with_positions_times_negatives(sharing, dtype, alias):
+    n, k, width, n_items = 2048, 256, 4, 3000
+    hidden = torch.randn(n, width).to(dtype).requires_grad_()
+    table = torch.randn(n_items, width).to(dtype).requires_grad_()
+    targets = torch.randint(n_items, (n,))
+    proposal = Proposal.log_uniform(n_items) if alias else None
+    largest = largest_tensor(hidden, table, targets, n_negatives=k, seed=1, sharing=sharing, log_q=proposal)
+    assert largest.elements <= n * k / 4, largest.where
+    # the work is real: a block is larger than either input
+    assert largest.elements > 2 * max(n, n_items) * width
+
+
+def test_the_plain_reference_would_be_caught():
+    hidden, table = torch.randn(64, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
+    largest = largest_tensor(hidden, table, torch.randint(100, (64,)), n_negatives=32, seed=1, impl="reference")
+    assert largest.elements == 64 * 32 * 8
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_full_loss_holds_no_row_per_position_and_item():
+    hidden, table = torch.randn(512, 4, requires_grad=True), torch.randn(9001, 4, requires_grad=True)
+    largest = largest_tensor(hidden, table, torch.randint(9001, (512,)), n_negatives="all")
+    assert largest.elements <= 512 * 9001 / 8, largest.where
+
+
+@pytest.mark.parametrize("k", [100, 1000, 3000])
+@pytest.mark.parametrize("sharing", ["position", "tile", "batch"])
+def test_no_tensor_outgrows_the_budget_of_a_block(small_blocks, sharing, k):
+    hidden, table = torch.randn(1024, 4, requires_grad=True), torch.randn(3000, 4, requires_grad=True)
+    targets = torch.randint(3000, (1024,))
+    largest = largest_tensor(hidden, table, targets, n_negatives=k, seed=1, sharing=sharing)
+    assert largest.bytes <= small_blocks["sparse" if sharing == "position" else "gathered"], largest.where
+
+
+@pytest.mark.parametrize("sharing", ["position", "tile", "batch"])
+def test_wide_rows_and_few_negatives_fit_a_block_too(small_blocks, monkeypatch, sharing):
+    monkeypatch.setattr(candidate_rows, "SEGMENT_BYTES", 1 << 16)
+    # inputs and their gradients are left out by their size, which nothing else has: 32771 and 2003 rows of 512 bytes
+    hidden, table = torch.randn(32771, 128, requires_grad=True), torch.randn(2003, 128, requires_grad=True)
+    targets = torch.randint(2003, (32771,))
+    largest = largest_tensor(hidden, table, targets, n_negatives=2, seed=1, sharing=sharing, ignore_outputs=True)
+    assert largest.bytes <= small_blocks["sparse" if sharing == "position" else "gathered"], largest.where
