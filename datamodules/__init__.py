@@ -1,0 +1,5 @@
+"""Data modules: reading, splitting and batching of sequential data."""
+
+from datamodules.interactions import InteractionsDataModule
+
+__all__ = ["InteractionsDataModule"]

@@ -52,7 +52,7 @@ def real_data() -> Path:
 
 @pytest.fixture
 def seqlit(monkeypatch, capsys, tmp_path):
-    """Call the real command in a fresh folder: ``seqlit("fit", ...) -> (exit status, standard output, standard error)``."""
+    """Call the real command in a fresh folder: ``seqlit("fit", ...) -> (exit status, output, error output)``."""
     from lightning_modules.cli import main
 
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,1 @@
+"""Reading and checking of files, one module per kind of source."""

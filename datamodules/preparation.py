@@ -1,0 +1,126 @@
+"""From files to prepared arrays: filters, order, split, layout, each step counted."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from datamodules.array_cache import Prepared
+from datamodules.counter_hash import Purpose, chain, hash_ids
+from datamodules.histories import build_histories
+from datamodules.sources.columns import Columns
+from datamodules.sources.tabular import Interactions, read_interactions
+from datamodules.splits import Target, enough, global_time_split, leave_last_out_split
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparationSettings:
+    """Everything but the content of the files that the prepared arrays depend on: the key of the cache.
+
+    Attributes:
+        columns: Columns and conditions.
+        min_item_count: Items with fewer interactions are dropped.
+        min_user_count: Then users with fewer are dropped.
+        split: Which rule of :mod:`datamodules.splits`.
+        test_fraction: Of ``global_time``, else None.
+        validation_user_fraction: Of ``global_time``, else None.
+        target: What is asked for.
+        drop_seen: Whether items of the input history are taken out of the questions.
+        only_new_targets: Whether repeats are no training targets.
+        seed: Of ties and validation users.
+    """
+
+    columns: Columns
+    min_item_count: int
+    min_user_count: int
+    split: Literal["global_time", "leave_last_out"]
+    test_fraction: float | None
+    validation_user_fraction: float | None
+    target: Target
+    drop_seen: bool
+    only_new_targets: bool
+    seed: int
+
+
+def prepare_histories(files: Sequence[Path], settings: PreparationSettings) -> Prepared:
+    """Read, filter, order, split and lay out. At its peak it takes about 150 bytes a row kept.
+
+    Args:
+        files: CSV and Parquet files.
+        settings: What to do with them.
+
+    Raises:
+        ValueError: In one line, if the files cannot serve, a step leaves nothing or one user alone.
+    """
+    table = read_interactions(files, settings.columns)
+    steps = table.steps
+    kept = enough(table.items, settings.min_item_count)
+    steps.append(_step(f"min_item_count {settings.min_item_count}", table, kept))
+    # Users are counted among what the item filter has left.
+    kept[kept] = enough(table.users[kept], settings.min_user_count)
+    steps.append(_step(f"min_user_count {settings.min_user_count}", table, kept))
+    if steps[-1]["users"] == 1:
+        user = table.user_ids[int(table.users[kept][0])]
+        raise ValueError(f"at least 2 users are needed, got 1 after step {steps[-1]['step']!r}: user {user!r}")
+
+    user_words = hash_ids(table.user_ids)
+    rows = np.flatnonzero(kept)
+    rows = rows[_order(table, rows, user_words, settings.seed)]
+    users, items, times = table.users[rows], table.items[rows], table.times[rows]
+    if settings.split == "global_time":
+        assert settings.test_fraction is not None
+        assert settings.validation_user_fraction is not None
+        split = global_time_split(
+            users,
+            items,
+            times,
+            test_fraction=settings.test_fraction,
+            validation_user_fraction=settings.validation_user_fraction,
+            user_words=chain(settings.seed, Purpose.VALIDATION_USER, user_words),
+            target=settings.target,
+        )
+    else:
+        split = leave_last_out_split(users, items, times, target=settings.target)
+    prepared = build_histories(
+        users,
+        items,
+        times,
+        split,
+        user_ids=table.user_ids,
+        item_ids=table.item_ids,
+        target=settings.target,
+        only_new_targets=settings.only_new_targets,
+        drop_seen=settings.drop_seen,
+    )
+    for name, count in prepared.facts["split"].items():
+        logger.info("%s: %s", name, count)
+    prepared.facts["steps"] = steps
+    return prepared
+
+
+def _order(
+    table: Interactions, rows: NDArray[np.int64], user_words: NDArray[np.uint64], seed: int
+) -> NDArray[np.int64]:
+    """The order of rows by user, time, order column, and a hash that knows nothing of the file."""
+    users, items, times = table.users[rows], table.items[rows], table.times[rows]
+    ties = chain(seed, Purpose.TIE, user_words[users], hash_ids(table.item_ids)[items], times)
+    keys = {"user": users, "time": times} | ({} if table.order is None else {"order": table.order[rows]})
+    frame = pl.DataFrame(keys | {"tie": ties, "item": items})
+    return frame.select(pl.arg_sort_by(*frame.columns)).to_series().cast(pl.Int64).to_numpy()
+
+
+def _step(name: str, table: Interactions, kept: NDArray[np.bool_]) -> dict[str, str | int]:
+    """Count what a step has left, and refuse nothing."""
+    n_users = len(np.unique(table.users[kept]))
+    n_items = len(np.unique(table.items[kept]))
+    logger.info("%s: %d interactions, %d users, %d items", name, kept.sum(), n_users, n_items)
+    if not kept.any():
+        raise ValueError(f"nothing is left after step {name!r}: 0 of {len(kept)} interactions")
+    return {"step": name, "interactions": int(kept.sum()), "users": n_users, "items": n_items}
