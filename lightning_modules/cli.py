@@ -27,6 +27,8 @@ _IRRELEVANT = (
     ".*does not have many workers.*",
     # everything is logged by epoch
     ".*smaller than the logging interval.*",
+    # a resumed run goes on in its own folder
+    "Checkpoint directory .* exists and is not empty",
     # lightning 2.6 against the newer pytree of torch 2.13
     ".*isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
@@ -39,7 +41,7 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if ex is not None and os.environ.get(TRACEBACK_VARIABLE):
             raise ex
-        _fail(message)
+        _fail(_missing_extra(message) or message)
 
 
 class SeqlitCLI(LightningCLI):
@@ -51,18 +53,13 @@ class SeqlitCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Our checkpoints carry no hyperparameters to read back: only see that the file is a checkpoint at all."""
-        path = self.config[self.subcommand_asked].ckpt_path
+        path = self.config[self.config["subcommand"]].ckpt_path
         if path in (None, "best", "last"):
             return
         if not Path(path).is_file():
             raise FileNotFoundError(f"ckpt_path: no such checkpoint: {path}")
         if not zipfile.is_zipfile(path):
             raise ValueError(f"ckpt_path: {path} is not a checkpoint (or a truncated one)")
-
-    @property
-    def subcommand_asked(self) -> str:
-        """The subcommand of the command line; Lightning sets its own attribute later."""
-        return str(self.config["subcommand"])
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -82,7 +79,7 @@ class SeqlitCLI(LightningCLI):
             return
         asked = config.ckpt_path
         root = Path(logger.init_args.save_dir) / logger.init_args.name
-        resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
         if self.subcommand == "fit":
             if asked == "last":
                 run = newest_run(root, resolved, LAST)
@@ -116,9 +113,9 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _missing_extra(error: BaseException) -> str | None:
+def _missing_extra(message: str) -> str | None:
     for module, extra in EXTRAS.items():
-        if re.search(rf"\b{module}\b", str(error)) and importlib.util.find_spec(module) is None:
+        if module in message.lower() and importlib.util.find_spec(module) is None:
             return f"this config needs {module}, which is not installed: pip install 'seqlit[{extra}]'"
     return None
 
@@ -149,7 +146,7 @@ def main() -> None:
         foreign = isinstance(error, RuntimeError) and "Error(s) in loading state_dict" not in str(error)
         if foreign or os.environ.get(TRACEBACK_VARIABLE):
             raise
-        _fail(_missing_extra(error) or str(error))
+        _fail(_missing_extra(str(error)) or str(error))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -144,7 +144,7 @@ class SaveRunConfig(SaveConfigCallback):
             return
         path = Path(folder) / self.config_filename
         if not path.exists():
-            write_whole(path, self.parser.dump(self.config, skip_none=False))
+            write_whole(path, self.parser.dump(self.config, skip_unset=False))
 
 
 def read_fit_facts(folder: Path) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from kernels.cce_minus import cce_minus_loss
 from lightning_modules.losses import CCEMinusLoss
 from lightning_modules.metrics import MAP, MRR, NDCG, Coverage, HitRate, Precision, Recall, Surprisal
-from lightning_modules.networks import PublishedBlock, SequenceEncoder
+from lightning_modules.networks import PublishedBlock, RepeatMixture, SequenceEncoder
 from lightning_modules.networks.transformer import BlockFactory
 from lightning_modules.ranking import Recommendations, top_k_items
 
@@ -43,9 +44,9 @@ class SASRecCCE(LightningModule):
         n_blocks: Depth.
         dropout: Dropout of the embedded input; the blocks have their own.
         block: Factory of one block, called with D.
-        copy_history: Whether states may point back at items of the history, for catalogues with repeat purchases,
-            see :class:`lightning_modules.networks.HistoryCopy`.
-        loss: ``loss(hidden (..., D), table (V, D), targets (...), step=, rank=, validation=) -> scalar``.
+        repeat_mode: Whether to mix in a pointer to the user's own history, for repeat purchases, see
+            :class:`lightning_modules.networks.RepeatMixture`. Without effect where own history may not be recommended.
+        loss: ``loss(hidden (..., D), table (V, D), targets (...), step=, rank=, validation=, reduction=)``.
         optimizer: Called with the parameters.
         scheduler: Called with the optimiser; stepped every epoch, a plateau scheduler on ``monitor``.
         monitor: The logged key a plateau scheduler watches.
@@ -69,7 +70,7 @@ class SASRecCCE(LightningModule):
         n_blocks: int = 2,
         dropout: float = 0.1,
         block: BlockFactory = PublishedBlock,
-        copy_history: bool = False,
+        repeat_mode: bool = False,
         loss: nn.Module | None = None,
         optimizer: OptimizerCallable = _adam,
         scheduler: LRSchedulerCallable | None = None,
@@ -98,7 +99,11 @@ class SASRecCCE(LightningModule):
             n_blocks=n_blocks,
             block=block,
             dropout=dropout,
-            copy_history=copy_history,
+        )
+        self.repeat = (
+            RepeatMixture(d_model, see_own_basket=self.encoder.see_own_basket)
+            if repeat_mode and recommend_seen
+            else None
         )
         self.loss = CCEMinusLoss() if loss is None else loss
         if isinstance(self.loss, CCEMinusLoss) and item_counts is not None:
@@ -130,53 +135,74 @@ class SASRecCCE(LightningModule):
         """States ``(B, T, D)`` of left-padded histories ``(B, T)``."""
         return self.encoder(item_ids, basket_ids)
 
-    def _last_state(self, batch: dict[str, Tensor]) -> Tensor:
-        return self(batch["item_ids"], batch["basket_ids"])[:, -1]
-
-    def _rank(self, state: Tensor, batch: dict[str, Tensor], k: int) -> Recommendations:
-        seen = (None, None) if self.recommend_seen else (batch["history_items"], batch["history_offsets"])
-        scores, item_ids = top_k_items(state, self.encoder.item_embeddings, k, seen_items=seen[0], seen_offsets=seen[1])
-        return Recommendations(batch["user_index"], item_ids, scores)
+    def _rank(self, states: Tensor, batch: dict[str, Tensor], k: int) -> Recommendations:
+        table, item_ids = self.encoder.item_embeddings, batch["item_ids"]
+        if self.repeat is not None:
+            _, log_normaliser = cce_minus_loss(
+                states[:, -1], table, torch.zeros_like(batch["user_index"]), n_negatives="all", return_lse=True
+            )
+            ranked = self.repeat.rank(
+                states, item_ids, batch["basket_ids"], item_ids != self.n_items, table, log_normaliser, k
+            )
+        else:
+            seen = (None, None) if self.recommend_seen else (batch["history_items"], batch["history_offsets"])
+            ranked = top_k_items(states[:, -1], table, k, seen_items=seen[0], seen_offsets=seen[1])
+        return Recommendations(batch["user_index"], item_ids=ranked[1], scores=ranked[0])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss over every slot that has a target."""
-        hidden = self(batch["item_ids"], batch["basket_ids"])
-        targets = batch["targets"]
+        item_ids, basket_ids, targets = batch["item_ids"], batch["basket_ids"], batch["targets"]
+        states = self(item_ids, basket_ids)
         loss = self.loss(
-            hidden, self.encoder.item_embeddings, targets, step=int(self.micro_step), rank=self.global_rank
+            states,
+            self.encoder.item_embeddings,
+            targets,
+            step=int(self.micro_step),
+            rank=self.global_rank,
+            reduction="mean" if self.repeat is None else "none",
         )
+        if self.repeat is not None:
+            loss = self.repeat.loss(loss, states, item_ids, basket_ids, item_ids != self.n_items, targets)
         self.micro_step += 1
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
         return loss
 
-    def _evaluate(self, state: Tensor, batch: dict[str, Tensor], metrics: MetricCollection) -> Recommendations:
-        ranked = self._rank(state, batch, self.cutoffs[-1])
+    def _evaluate(self, states: Tensor, batch: dict[str, Tensor], metrics: MetricCollection) -> Recommendations:
+        ranked = self._rank(states, batch, self.cutoffs[-1])
         for metric in metrics.values():
             if isinstance(metric, Coverage | Surprisal):
                 metric.update(ranked.item_ids, batch["history_items"], batch["history_offsets"])
             else:
                 metric.update(ranked.item_ids, batch["relevant"])
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(state))
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(states))
         return ranked
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Rank the catalogue, and take the loss of the last state against each relevant item."""
-        state = self._last_state(batch)
-        self._evaluate(state, batch, self.val_metrics)
+        item_ids, basket_ids = batch["item_ids"], batch["basket_ids"]
+        states = self(item_ids, basket_ids)
+        self._evaluate(states, batch, self.val_metrics)
         targets = batch["relevant"].masked_fill(batch["relevant"] < 0, -100)
-        hidden = state[:, None].expand(*targets.shape, -1)
         loss = self.loss(
-            hidden, self.encoder.item_embeddings, targets, step=batch_idx, rank=self.global_rank, validation=True
+            states[:, -1:].expand(-1, targets.shape[1], -1),
+            self.encoder.item_embeddings,
+            targets,
+            step=batch_idx,
+            rank=self.global_rank,
+            validation=True,
+            reduction="mean" if self.repeat is None else "none",
         )
+        if self.repeat is not None:
+            loss = self.repeat.last_state_loss(loss, states, item_ids, basket_ids, item_ids != self.n_items, targets)
         self.log("val/loss", loss, batch_size=int((targets >= 0).sum()), sync_dist=True)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Recommendations:  # type: ignore[override]
         """Rank the catalogue; the report callback reads what is returned."""
-        return self._evaluate(self._last_state(batch), batch, self.test_metrics)
+        return self._evaluate(self(batch["item_ids"], batch["basket_ids"]), batch, self.test_metrics)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Recommendations:
         """The ``n_recommendations`` best items of each user, from the whole history."""
-        return self._rank(self._last_state(batch), batch, self.n_recommendations)
+        return self._rank(self(batch["item_ids"], batch["basket_ids"]), batch, self.n_recommendations)
 
     def configure_optimizers(self) -> Any:
         """The injected optimiser, and the scheduler if there is one."""

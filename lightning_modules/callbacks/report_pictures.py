@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Colour-blind safe (Okabe & Ito); the model is always the first.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -65,7 +66,7 @@ def by_history_length(path: Path, lengths: np.ndarray, values: dict[str, np.ndar
     """Mean metric in groups of users of equal size, from short to long histories, with standard errors."""
     n_groups = max(1, min(8, len(lengths) // 20))
     groups = np.array_split(np.argsort(lengths, kind="stable"), n_groups)
-    figure, (axes,) = _axes()
+    figure, (axes,) = _axes(width=8.5)
     middles = [float(np.median(lengths[group])) for group in groups]
     for row, (name, value) in enumerate(values.items()):
         means = [float(value[group].mean()) for group in groups]
@@ -77,7 +78,7 @@ def by_history_length(path: Path, lengths: np.ndarray, values: dict[str, np.ndar
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"items in the user's history (median of {n_groups} groups of about {len(groups[0])} users)")
     axes.set_ylabel(f"{_metric(key)} ± standard error")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
 
 
@@ -125,4 +126,5 @@ def training(path: Path, metrics_file: Path, key: str) -> None:
     right.set_ylabel(key)
     for each in (left, right):
         each.set_xlabel("epoch")
+        each.xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, path)

@@ -74,8 +74,9 @@ class CCEMinusLoss(nn.Module):
         rank: int = 0,
         weight: Tensor | None = None,
         validation: bool = False,
+        reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
-        """Mean loss over the kept positions, a 0-d float tensor.
+        """Loss over the kept positions: a 0-d float tensor, or the shape of ``targets`` for ``reduction="none"``.
 
         Args:
             hidden: States ``(..., D)``.
@@ -85,6 +86,7 @@ class CCEMinusLoss(nn.Module):
             rank: Process rank; ranks draw different ids.
             weight: Weight of each position, of the shape of ``targets``.
             validation: Draw from a stream of its own.
+            reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         """
         if self.proposal is not None:
             self.proposal = self.proposal.to(hidden.device)
@@ -101,6 +103,7 @@ class CCEMinusLoss(nn.Module):
             log_q=self.proposal,
             correction=self.correction,
             weight=weight,
+            reduction=reduction,
             impl=self.impl,
         )
         assert isinstance(loss, Tensor)  # a pair only with return_lse

@@ -1,7 +1,7 @@
 """Plain ``nn.Module`` networks, free of Lightning."""
 
+from lightning_modules.networks.repeat import RepeatMixture
 from lightning_modules.networks.transformer import (
-    HistoryCopy,
     PreNormBlock,
     PublishedBlock,
     SelfAttention,
@@ -9,4 +9,4 @@ from lightning_modules.networks.transformer import (
     causal_mask,
 )
 
-__all__ = ["HistoryCopy", "PreNormBlock", "PublishedBlock", "SelfAttention", "SequenceEncoder", "causal_mask"]
+__all__ = ["PreNormBlock", "PublishedBlock", "RepeatMixture", "SelfAttention", "SequenceEncoder", "causal_mask"]

@@ -162,43 +162,11 @@ class PreNormBlock(nn.Module):
         return x + self.dropout(self.feed(self.norm_feed(x)))
 
 
-class HistoryCopy(nn.Module):
-    """Lets a state point back at items of the history, so that repeat purchases need not be learnt item by item.
-
-    h'_t = g h_t + c sum over visible s of a_ts table[item_s],   a_ts = sigmoid(<Q h_t, K h_s> / sqrt(D) + b),
-
-    with learnt scalars g, c and b. The score of item j gains c sum_s a_ts <table[item_s], table[j]>: each earlier
-    purchase of j counts, gated, and so do purchases of items like j. It stays a dot product with the table, so every
-    loss and ranking takes it as it is. The gates are not normalised over s: a thing bought five times weighs more.
-
-    Args:
-        d_model: Width D.
-        dropout: Probability of dropping a gate in training.
-
-    Source: ours; the idea of a copy mode for repeats is that of RepeatNet (Ren et al., AAAI 2019).
-    """
-
-    def __init__(self, d_model: int, dropout: float) -> None:
-        super().__init__()
-        self.query = nn.Linear(d_model, d_model, bias=False)
-        self.key = nn.Linear(d_model, d_model, bias=False)
-        self.gate_bias = nn.Parameter(torch.zeros(()))
-        self.state_scale = nn.Parameter(torch.tensor(0.3))
-        self.copy_scale = nn.Parameter(torch.tensor(1.0))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, states: Tensor, items: Tensor, visible: Tensor) -> Tensor:
-        """States ``(B, T, D)`` with what they copy; ``items (B, T, D)`` from the table, ``visible (B, T, T) bool``."""
-        gates = self.query(states) @ self.key(states).transpose(1, 2) / states.shape[-1] ** 0.5
-        gates = self.dropout(torch.sigmoid(gates + self.gate_bias) * visible)
-        return self.state_scale * states + self.copy_scale * (gates @ items)
-
-
 class SequenceEncoder(nn.Module):
     """Item histories to one state a slot, with the item table as tied output head.
 
-    h = table[item] * sqrt(D) + position;  h = dropout(h), zero at padding;  h = blocks(h);  h = LayerNorm(h);
-    optionally h = HistoryCopy(h). The score of item j at slot t is <h_t, table[j]>: no bias, no temperature.
+    h = table[item] * sqrt(D) + position;  h = dropout(h), zero at padding;  h = blocks(h);  h = LayerNorm(h).
+    The score of item j at slot t is <h_t, table[j]>: no bias, no temperature.
 
     Matrices start Xavier-normal, the item table too, so that first logits are near 0 and the first loss near log V.
 
@@ -209,8 +177,6 @@ class SequenceEncoder(nn.Module):
         n_blocks: Depth.
         block: Factory of one block; called with D.
         dropout: Dropout of the embedded input.
-        copy_history: Append :class:`HistoryCopy`. The item table then starts with rows of length near 1 instead of
-            Xavier's, so that an item scores itself above others from the first step.
 
     Raises:
         ValueError: If a size is out of range.
@@ -227,7 +193,6 @@ class SequenceEncoder(nn.Module):
         n_blocks: int,
         block: BlockFactory,
         dropout: float,
-        copy_history: bool = False,
     ) -> None:
         for name, received, least in (
             ("n_items", n_items, 2),
@@ -250,11 +215,11 @@ class SequenceEncoder(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_normal_(parameter)
-        self.copy = HistoryCopy(d_model, dropout) if copy_history else None
-        if copy_history:
-            nn.init.normal_(self.item_table.weight, std=d_model**-0.5)
-        # A copy may read what the blocks may read.
-        self.see_own_basket = all(getattr(layer, "see_own_basket", False) for layer in self.blocks)
+
+    @property
+    def see_own_basket(self) -> bool:
+        """Whether a slot sees the later items of its own basket, as its blocks were told."""
+        return all(getattr(block, "see_own_basket", False) for block in self.blocks)
 
     @property
     def item_embeddings(self) -> Tensor:
@@ -267,14 +232,9 @@ class SequenceEncoder(nn.Module):
         if n_slots > self.max_length:
             raise ValueError(f"histories must have at most max_length={self.max_length} slots, got {n_slots}")
         valid = item_ids != self.n_items
-        items = self.item_table(item_ids)
-        x = items * self.item_table.embedding_dim**0.5
+        x = self.item_table(item_ids) * self.item_table.embedding_dim**0.5
         x = x + self.position_table.weight[self.max_length - n_slots :]  # the last slot keeps the last position
         x = self.dropout(x).masked_fill(~valid[..., None], 0.0)
         for block in self.blocks:
             x = block(x, valid, basket_ids)
-        states = self.norm(x)
-        if self.copy is None:
-            return states
-        visible = causal_mask(valid, basket_ids if self.see_own_basket else None)[:, 0] & valid[:, None, :]
-        return self.copy(states, items, visible)
+        return self.norm(x)
