@@ -102,8 +102,9 @@ def _hash_strings(strings: pl.Series) -> Words:
     words = padded.view("<u8").reshape(len(padded), n_words)
     state = mix(n_bytes)
     for column in range(n_words):
-        # Words beyond the end of a string leave its hash alone, so that it does not depend on the longest one.
-        state = np.where(8 * column < n_bytes, mix(state ^ mix(words[:, column])), state)
+        # Words beyond the end of a string leave its hash alone, so that it does not depend on the longest one. The
+        # step is no plain XOR of two mixes: those of the length and of an equal first word would cancel.
+        state = np.where(8 * column < n_bytes, mix(mix(state) ^ words[:, column]), state)
     return state
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from datamodules import InteractionsDataModule
@@ -330,6 +330,7 @@ def test_hash_equals_python_integers(words, seed, counter):
 
 @SETTINGS
 @given(strings=st.lists(st.text(max_size=20), min_size=1, max_size=20, unique=True))
+@example(strings=["", "\x01"])  # the length and an equal first word once cancelled
 def test_hash_of_a_string_depends_on_it_alone(strings):
     words = hash_ids(pl.Series(strings, dtype=pl.String))
     assert len(set(words.tolist())) == len(strings)
