@@ -1,5 +1,6 @@
 """InteractionsDataModule: histories of users from CSV and Parquet to batches for next-item recommendation."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,8 @@ import numpy as np
 import polars as pl
 import torch
 from lightning import LightningDataModule
-from numpy.typing import ArrayLike
+from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import DataLoader
 
 from datamodules.array_cache import CacheFolder, content_digests, open_or_build
@@ -209,10 +211,9 @@ class InteractionsDataModule(LightningDataModule):
         return int(self._folder().facts["split"]["n_items"])
 
     @property
-    def item_counts(self) -> list[int]:
-        """V training interactions of each item."""
-        counts: list[int] = np.bincount(self._folder().array("train_items"), minlength=self.n_items).tolist()
-        return counts
+    def item_counts(self) -> NDArray[np.int64]:
+        """``(V,)`` training interactions of each item."""
+        return np.bincount(self._folder().array("train_items"), minlength=self.n_items)
 
     @property
     def catalogue_hash(self) -> str:
@@ -253,10 +254,10 @@ class InteractionsDataModule(LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed, epoch and finished batches of it, and the catalogue; the order of an epoch follows from the seed."""
+        """How the data was split, epoch and finished batches of it, and the catalogue; plain values only."""
         progress = None if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress
         return {
-            "seed": self.seed,
+            "preparation": json.dumps(self._decisive(), sort_keys=True),
             "epoch": 0 if self._sampler is None else self._sampler.epoch,
             "position": 0 if progress is None else progress.current.completed,
             "catalogue_hash": self.catalogue_hash,
@@ -264,20 +265,34 @@ class InteractionsDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the checkpoint belongs to this catalogue and seed; the epoch is set by the trainer.
+        """Check that the checkpoint belongs to this catalogue and split; the epoch is set by the trainer.
 
         Raises:
-            ValueError: If the catalogue is another, or the seed, which would make training users of validation users.
+            ValueError: If the catalogue is another; or, but for ``predict``, if the data is split otherwise: what
+                is tested here may have been trained on there.
         """
         if state_dict["catalogue_hash"] != self.catalogue_hash:
             raise ValueError(
                 f"checkpoint was trained on catalogue {state_dict['catalogue_hash']} with {state_dict['n_items']} "
                 f"items, the data here has catalogue {self.catalogue_hash} with {self.n_items} items"
             )
-        if state_dict["seed"] != self.seed:
-            raise ValueError(
-                f"checkpoint was trained with data seed {state_dict['seed']}, the seed here is {self.seed}"
-            )
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
+            return
+        there, here = json.loads(state_dict["preparation"]), self._decisive()
+        for name, value in here.items():
+            if there.get(name) != value:
+                raise ValueError(
+                    f"checkpoint was trained with {name} {there.get(name)!r}, here it is {value!r}: "
+                    "its training data may be among what is asked for here"
+                )
+
+    def _decisive(self) -> dict[str, Any]:
+        """Settings that decide which interactions are trained on and which are asked for, as JSON has them."""
+        settings = asdict(self._settings)
+        for asked_otherwise in ("drop_seen", "only_new_targets"):
+            del settings[asked_otherwise]
+        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        return plain
 
     def _folder(self) -> CacheFolder:
         if self._cache is None:

@@ -61,6 +61,8 @@ def prepare_histories(files: Sequence[Path], settings: PreparationSettings) -> P
     """
     table = read_interactions(files, settings.columns)
     steps = table.steps
+    if len(table.user_ids) == 1:
+        raise ValueError(f"at least 2 users are needed, got 1: user {table.user_ids[0]!r} in {files[0]}")
     kept = enough(table.items, settings.min_item_count)
     steps.append(_step(f"min_item_count {settings.min_item_count}", table, kept))
     # Users are counted among what the item filter has left.

@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,11 +14,19 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.callbacks import EpochLines, RandomState
-from lightning_modules.run_folder import BEST, LAST, RunLogger, SaveRunConfig, newest_run
+from lightning_modules.callbacks import EpochLines, LastCheckpoint, RandomState
+from lightning_modules.run_folder import (
+    BEST,
+    LAST,
+    RunLogger,
+    SaveRunConfig,
+    drop_unfinished_epochs,
+    newest_run,
+    read_fit_facts,
+)
 
 # Facts that the data knows and the model needs. A model that has no such argument ignores the link.
-LINKS = ("n_items", "max_length", "recommend_seen", "item_counts")
+LINKS = ("n_items", "max_length", "recommend_seen", "target", "item_counts")
 # Module that is missing -> extra that brings it.
 EXTRAS = {"wandb": "wandb", "gtda": "tda", "sklearn": "tda", "sktime": "timeseries"}
 _IRRELEVANT = (
@@ -27,11 +34,15 @@ _IRRELEVANT = (
     ".*does not have many workers.*",
     # everything is logged by epoch
     ".*smaller than the logging interval.*",
+    # a checkpoint is read from another folder than the one it was written to
+    "The dirpath has changed from",
     # a resumed run goes on in its own folder
     "Checkpoint directory .* exists and is not empty",
     # lightning 2.6 against the newer pytree of torch 2.13
     ".*isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
+# Runtime errors that are about the user's input: weights that do not fit, a metric to stop by that nobody logs.
+_USERS_RUNTIME_ERRORS = ("Error(s) in loading state_dict", "Early stopping conditioned on metric")
 TRACEBACK_VARIABLE = "SEQLIT_TRACEBACK"
 
 
@@ -42,6 +53,13 @@ class _Parser(LightningArgumentParser):
         if ex is not None and os.environ.get(TRACEBACK_VARIABLE):
             raise ex
         _fail(_missing_extra(message) or message)
+
+
+class _Printed(logging.Handler):
+    """Shows what the data modules say of their steps."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"data: {record.getMessage()}", flush=True)
 
 
 class SeqlitCLI(LightningCLI):
@@ -58,8 +76,7 @@ class SeqlitCLI(LightningCLI):
             return
         if not Path(path).is_file():
             raise FileNotFoundError(f"ckpt_path: no such checkpoint: {path}")
-        if not zipfile.is_zipfile(path):
-            raise ValueError(f"ckpt_path: {path} is not a checkpoint (or a truncated one)")
+        _read_checkpoint(path)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -71,6 +88,9 @@ class SeqlitCLI(LightningCLI):
             config.return_predictions = False  # they go to Parquet, batch by batch
         if config.data is None:
             raise ValueError("data: no data module given, name one by data.class_path")
+        trainer = config.trainer
+        if trainer.enable_checkpointing is not False and (self.subcommand != "fit" or _is_run_logger(trainer.logger)):
+            self.trainer_defaults["callbacks"].append(LastCheckpoint())
         self._choose_run(config)
 
     def _choose_run(self, config: Any) -> None:
@@ -85,15 +105,35 @@ class SeqlitCLI(LightningCLI):
                 run = newest_run(root, resolved, LAST)
                 logger.init_args.version = run.name
                 config.ckpt_path = str(run / "checkpoints" / LAST)
+                drop_unfinished_epochs(run, int(_read_checkpoint(config.ckpt_path)["epoch"]))
             return
         if asked in (None, "best", "last"):
             checkpoint = LAST if asked == "last" else BEST
-            config.ckpt_path = str(newest_run(root, resolved, checkpoint) / "checkpoints" / checkpoint)
+            run = newest_run(root, resolved, checkpoint)
+            config.ckpt_path = str(run / "checkpoints" / checkpoint)
+            epochs = read_fit_facts(run).get("epochs", "unfinished, fewer")
+            print(f"seqlit: {config.ckpt_path}, of a run of {epochs} epochs", flush=True)
         run = Path(config.ckpt_path).parent.parent
         if (run / "config.yaml").is_file():
             # Results go beside the checkpoint they came from, and the metrics of the fit stay as they are.
             config.trainer.logger = False
             config.trainer.default_root_dir = str(run)
+
+
+def _read_checkpoint(path: str) -> dict[str, Any]:
+    """The checkpoint, its tensors not read; the one place where a file that is none is told from one that is."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever the unpickler meets in a file that is anything
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        raise ValueError(f"ckpt_path: {path} is not a checkpoint, or not a whole one") from error
+    if (
+        not isinstance(checkpoint, dict)
+        or not {"state_dict", "epoch", "pytorch-lightning_version"} <= checkpoint.keys()
+    ):
+        raise ValueError(f"ckpt_path: {path} is a file of tensors, but no checkpoint of a run")
+    return checkpoint
 
 
 def _is_run_logger(logger: Any) -> bool:
@@ -102,9 +142,14 @@ def _is_run_logger(logger: Any) -> bool:
 
 def _one_line(message: str) -> str:
     """Fold a nested parser message into one line, without the branches of a union that could not have been meant."""
-    lines = [line.strip(" -") for line in str(message).splitlines()]
-    noise = re.compile(r"^(Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value type:|Does not validate|tip:|$)")
-    kept = [line for line in lines if not noise.match(line)]
+    noise = re.compile(r"(Subtypes:|Errors:|Expected a <class 'NoneType'>|Does not validate|Given value|tip:|$)")
+    kept, in_noise = [], False
+    for line in str(message).splitlines():
+        words = line.strip(" -")
+        # A value that was given may be a whole config over many lines; the reason stands before it.
+        in_noise = bool(noise.match(words)) or (in_noise and not line.lstrip().startswith("- "))
+        if not in_noise:
+            kept.append(words)
     return re.sub(r"\s+", " ", "; ".join(kept)).replace(":;", ":").strip()
 
 
@@ -115,7 +160,8 @@ def _fail(message: str) -> NoReturn:
 
 def _missing_extra(message: str) -> str | None:
     for module, extra in EXTRAS.items():
-        if module in message.lower() and importlib.util.find_spec(module) is None:
+        absent = re.search(rf"(No module named|Module not found:|Requirement) '{module}\b", message)
+        if absent and importlib.util.find_spec(module) is None:
             return f"this config needs {module}, which is not installed: pip install 'seqlit[{extra}]'"
     return None
 
@@ -128,6 +174,10 @@ def main() -> None:
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    data_log = logging.getLogger("datamodules")
+    if not any(isinstance(handler, _Printed) for handler in data_log.handlers):
+        data_log.addHandler(_Printed())
+    data_log.setLevel(logging.INFO)
     for message in _IRRELEVANT:
         warnings.filterwarnings("ignore", message=message)
     try:
@@ -142,8 +192,7 @@ def main() -> None:
             parser_class=_Parser,
         )
     except (ValueError, OSError, ImportError, MisconfigurationException, RuntimeError) as error:
-        # Of runtime errors only the one that names every weight that does not fit the network is a user's.
-        foreign = isinstance(error, RuntimeError) and "Error(s) in loading state_dict" not in str(error)
+        foreign = isinstance(error, RuntimeError) and not str(error).startswith(_USERS_RUNTIME_ERRORS)
         if foreign or os.environ.get(TRACEBACK_VARIABLE):
             raise
         _fail(_missing_extra(str(error)) or str(error))

@@ -6,6 +6,7 @@ config when both resolve to the same model, data and seed; what only decides how
 """
 
 import csv
+import io
 import json
 import os
 import tempfile
@@ -20,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 BEST, LAST = "best.ckpt", "last.ckpt"
-_SPEED_ONLY = frozenset({"batch_size", "eval_batch_size", "num_workers", "cache_dir", "impl"})
+_SPEED_ONLY = frozenset({"eval_batch_size", "num_workers", "cache_dir", "impl"})
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -138,13 +139,32 @@ class SaveRunConfig(SaveConfigCallback):
     """Writes the resolved config into the run folder when ``fit`` starts, once and whole."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` unless the run is a resumed one that has it."""
-        folder = trainer.log_dir
-        if stage != "fit" or folder is None or not trainer.is_global_zero:
+        """Write ``config.yaml``; a resumed run, its trainer perhaps set otherwise, adds ``config_sitting_<n>.yaml``."""
+        if stage != "fit" or not trainer.loggers:
             return
-        path = Path(folder) / self.config_filename
-        if not path.exists():
-            write_whole(path, self.parser.dump(self.config, skip_unset=False))
+        folder = trainer.log_dir  # a collective: on every rank
+        if folder is None or not trainer.is_global_zero:
+            return
+        path, sitting = Path(folder) / self.config_filename, 1
+        while path.exists():
+            sitting += 1
+            path = path.with_name(f"config_sitting_{sitting}.yaml")
+        write_whole(path, self.parser.dump(self.config, skip_unset=False))
+
+
+def drop_unfinished_epochs(run: Path, epoch: int) -> None:
+    """Take rows past ``epoch`` out of ``metrics.csv``: what was logged after the checkpoint is logged once more."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    column = rows[0].index("epoch")
+    kept = [rows[0], *(row for row in rows[1:] if int(row[column]) <= epoch)]
+    if len(kept) < len(rows):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(kept)
+        write_whole(path, text.getvalue())
 
 
 def read_fit_facts(folder: Path) -> dict[str, Any]:

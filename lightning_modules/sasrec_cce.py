@@ -29,8 +29,8 @@ class SASRecCCE(LightningModule):
     The batches are those of ``InteractionsDataModule``: ``item_ids (B, T) int64`` left-padded with V,
     ``basket_ids (B, T) int64``; in training ``targets (B, T) int64`` with -100 where there is none; in evaluation
     ``relevant (B, R) int64`` padded with -1 and the whole history of each user as ``history_items (M,)``,
-    ``history_offsets (B + 1,)``. ``n_items``, ``max_length``, ``recommend_seen`` and ``item_counts`` are facts of
-    the data and linked by the CLI, never typed.
+    ``history_offsets (B + 1,)``. ``n_items``, ``max_length``, ``recommend_seen``, ``target`` and ``item_counts`` are
+    facts of the data and linked by the CLI, never typed.
 
     Logged: ``train/loss``, ``val/loss`` (against the relevant items, from the last slot), ``val/<metric>@<k>``,
     ``test/<metric>@<k>``.
@@ -39,7 +39,9 @@ class SASRecCCE(LightningModule):
         n_items: Catalogue size V.
         max_length: Most recent items read, T.
         recommend_seen: Whether items of the user's own history may be recommended.
-        item_counts: ``(V,)`` training interactions of each item; only popularity sampling needs it.
+        target: ``"next_item"`` or ``"next_basket"``; with the first, no block may see its own
+            basket: the answer is in it.
+        item_counts: ``(V,)`` integer array, training interactions of each item; only popularity sampling needs it.
         d_model: Width D of states and item table.
         n_blocks: Depth.
         dropout: Dropout of the embedded input; the blocks have their own.
@@ -65,7 +67,8 @@ class SASRecCCE(LightningModule):
         n_items: int,
         max_length: int,
         recommend_seen: bool = False,
-        item_counts: Sequence[int] | None = None,
+        target: str | None = None,
+        item_counts: Any = None,  # an array; a sequence type would be checked element by element by the CLI
         d_model: int = 64,
         n_blocks: int = 2,
         dropout: float = 0.1,
@@ -100,6 +103,10 @@ class SASRecCCE(LightningModule):
             block=block,
             dropout=dropout,
         )
+        if target == "next_item" and any(getattr(layer, "see_own_basket", False) for layer in self.encoder.blocks):
+            raise ValueError(
+                "see_own_basket must be false with target 'next_item': the next item may be of that basket"
+            )
         self.repeat = (
             RepeatMixture(d_model, see_own_basket=self.encoder.see_own_basket)
             if repeat_mode and recommend_seen
@@ -157,7 +164,7 @@ class SASRecCCE(LightningModule):
             states,
             self.encoder.item_embeddings,
             targets,
-            step=int(self.micro_step),
+            step=self.micro_step,  # a tensor: nothing waits for the device
             rank=self.global_rank,
             reduction="mean" if self.repeat is None else "none",
         )
@@ -203,6 +210,18 @@ class SASRecCCE(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Recommendations:
         """The ``n_recommendations`` best items of each user, from the whole history."""
         return self._rank(self(batch["item_ids"], batch["basket_ids"]), batch, self.n_recommendations)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another catalogue before its weights fail to fit.
+
+        Raises:
+            ValueError: If the number of items differs.
+        """
+        n_items = len(checkpoint["state_dict"]["encoder.item_table.weight"]) - 1
+        if n_items != self.n_items:
+            raise ValueError(
+                f"checkpoint was trained on a catalogue of {n_items} items, the data here has {self.n_items}"
+            )
 
     def configure_optimizers(self) -> Any:
         """The injected optimiser, and the scheduler if there is one."""

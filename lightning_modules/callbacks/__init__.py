@@ -3,6 +3,6 @@
 from lightning_modules.callbacks.predictions import RecommendationWriter
 from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.callbacks.ranking_report import RankingReport
-from lightning_modules.callbacks.run_record import EpochLines
+from lightning_modules.callbacks.run_record import EpochLines, LastCheckpoint
 
-__all__ = ["EpochLines", "RandomState", "RankingReport", "RecommendationWriter"]
+__all__ = ["EpochLines", "LastCheckpoint", "RandomState", "RankingReport", "RecommendationWriter"]

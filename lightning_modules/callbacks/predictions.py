@@ -31,6 +31,8 @@ class RecommendationWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier prediction."""
+        if trainer.world_size > 1:
+            raise ValueError(f"RecommendationWriter needs one process (--trainer.devices 1), got {trainer.world_size}")
         self._users, self._items, self._scores = [], [], []
 
     def on_predict_batch_end(

@@ -49,6 +49,8 @@ class RankingReport(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the baselines on the training histories."""
+        if trainer.world_size > 1:
+            raise ValueError(f"RankingReport needs one process (--trainer.devices 1), got {trainer.world_size}")
         cutoffs: list[int] = pl_module.cutoffs  # type: ignore[assignment]
         if self.cutoff not in cutoffs:
             raise ValueError(f"cutoff must be one of the module's cutoffs {cutoffs}, got {self.cutoff}")

@@ -6,9 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from lightning_modules.run_folder import write_whole
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt`` at the end of every epoch, whatever the monitored metric does.
+
+    ``save_last`` of Lightning's own callback writes only in epochs in which it also writes a best one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False)
+
+
+def _run_folder(trainer: Trainer) -> str | None:
+    """The folder, on every rank (asking for it is a collective); None where a run leaves none."""
+    return None if trainer.fast_dev_run or not trainer.loggers else trainer.log_dir  # type: ignore[attr-defined]
 
 
 class EpochLines(Callback):
@@ -36,8 +51,9 @@ class EpochLines(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and say where the results will lie."""
         self._start = time.perf_counter()
-        if trainer.is_global_zero and trainer.log_dir:
-            print(f"seqlit: run folder {trainer.log_dir}", flush=True)
+        folder = _run_folder(trainer)
+        if trainer.is_global_zero and folder:
+            print(f"seqlit: run folder {folder}", flush=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the epoch."""
@@ -58,6 +74,7 @@ class EpochLines(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``fit.json``."""
-        if trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder = _run_folder(trainer)
+        if trainer.is_global_zero and folder:
             facts = {"seconds": self._elapsed(), "epochs": trainer.current_epoch, "finished": not trainer.interrupted}
-            write_whole(Path(trainer.log_dir) / "fit.json", json.dumps(facts, indent=2) + "\n")
+            write_whole(Path(folder) / "fit.json", json.dumps(facts, indent=2) + "\n")

@@ -1,7 +1,9 @@
 """The real command on small files: fit, test, predict, resume, overrides, and every kind of wrong input in one line."""
 
 import csv
+import importlib.util
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +66,19 @@ def one_line(error: str) -> str:
     lines = [line for line in error.splitlines() if line.strip()]
     assert len(lines) == 1, error
     assert lines[0].startswith("seqlit: error: ")
+    assert len(lines[0]) < 500, "a line nobody reads"
+    assert "Namespace(" not in lines[0]
     return lines[0]
 
 
 def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def all_below(folder: Path) -> set[str]:
+    """Files and folders, but for the cache, which is whole or not there."""
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    return {name for name in names if not name.startswith(".seqlit_cache")}
 
 
 def test_fit_test_predict(seqlit, config, tmp_path, shop):
@@ -194,6 +204,89 @@ def test_checkpoints_hold_plain_values_only(seqlit, config, tmp_path):
     assert any("RandomState" in key for key in checkpoint["callbacks"])
 
 
+def test_last_is_the_last_epoch_even_when_it_is_not_the_best(seqlit, config, tmp_path):
+    """At a learning rate of 0 no epoch beats the first."""
+    assert seqlit("fit", "--config", config, "--model.init_args.optimizer.init_args.lr", "0.0")[0] == 0
+    folder = tmp_path / "runs/sasrec_cce/version_0/checkpoints"
+    epochs = {name: torch.load(folder / name, weights_only=True)["epoch"] for name in ("best.ckpt", "last.ckpt")}
+    assert epochs == {"best.ckpt": 0, "last.ckpt": 1}
+
+
+def test_resume_after_a_bad_last_epoch_repeats_no_epoch(seqlit, config, tmp_path):
+    still = ("--config", config, "--model.init_args.optimizer.init_args.lr", "0.0")
+    assert seqlit("fit", *still)[0] == 0
+    run = tmp_path / "runs/sasrec_cce/version_0"
+    with (run / "metrics.csv").open("a") as file:  # logged, but killed before its checkpoint was written
+        header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+        file.write(",".join("2" if name in ("epoch", "train/loss") else "" for name in header) + "\n")
+    assert seqlit("fit", *still, "--trainer.max_epochs", "4", "--ckpt_path", "last")[0] == 0
+    with (run / "metrics.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file) if row["train/loss"]] == ["0", "1", "2", "3"]
+    assert yaml.safe_load((run / "config_sitting_2.yaml").read_text())["trainer"]["max_epochs"] == 4
+    assert json.loads((run / "fit.json").read_text())["epochs"] == 4
+
+
+def test_steps_of_the_preparation_are_printed(seqlit, config):
+    _, out, _ = seqlit("fit", "--config", config)
+    assert "data: min_item_count 5: 2160 interactions, 60 users, 40 items" in out
+
+
+def test_checkpoint_of_another_split_is_refused(seqlit, config, tmp_path):
+    assert seqlit("fit", "--config", config, "--trainer.max_epochs", "1")[0] == 0
+    checkpoint = tmp_path / "runs/sasrec_cce/version_0/checkpoints/best.ckpt"
+    other = ("--config", config, "--ckpt_path", checkpoint, "--data.init_args.test_fraction", "0.4")
+    status, _, err = seqlit("test", *other)
+    assert status == 2
+    assert "trained with test_fraction 0.1, here it is 0.4" in one_line(err)
+    assert seqlit("predict", *other)[0] == 0  # nothing is asked, so nothing can leak
+
+
+def test_cutoff_that_is_not_ranked(seqlit, config):
+    only = ("--config", config, "--model.init_args.cutoffs", "[1,10]")
+    assert seqlit("fit", *only, "--trainer.max_epochs", "1")[0] == 0
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"]["callbacks"][2]["init_args"] = {"cutoff": 7}
+    config.write_text(yaml.safe_dump(settings))
+    status, _, err = seqlit("test", *only)
+    assert status == 2
+    assert "cutoff must be one of the module's cutoffs [1, 10], got 7" in one_line(err)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_no_validation_users_but_something_to_stop_by(seqlit, config):
+    status, _, err = seqlit("fit", "--config", config, "--data.init_args.validation_user_fraction", "0")
+    assert status == 2
+    assert "val/ndcg@10" in one_line(err)
+
+
+def test_a_single_user(seqlit, config, tmp_path):
+    lines = (tmp_path / "shop.csv").read_text().splitlines()
+    (tmp_path / "shop.csv").write_text("\n".join(line for line in lines if line.split(",")[0] in ("customer", "c7")))
+    status, _, err = seqlit("fit", "--config", config)
+    assert status == 2
+    assert "at least 2 users are needed, got 1: user 'c7'" in one_line(err)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tensors", "truncated", "pickle"])
+def test_files_that_are_no_checkpoints(seqlit, config, tmp_path, kind):
+    path = tmp_path / "some.ckpt"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", "text")
+    elif kind == "tensors":
+        torch.save({"weight": torch.zeros(3)}, path)
+    elif kind == "truncated":
+        torch.save({"state_dict": {"weight": torch.zeros(5000)}}, path)
+        path.write_bytes(path.read_bytes()[:9000])
+    else:
+        torch.save({"state_dict": Path("x")}, path)  # not among what weights_only allows
+    before = all_below(tmp_path)
+    status, _, err = seqlit("test", "--config", config, "--ckpt_path", path)
+    assert status == 2
+    assert "some.ckpt is" in one_line(err)
+    assert all_below(tmp_path) == before
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_parses_and_trains_on_small_data(seqlit, path, shop, tmp_path):
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -244,19 +337,19 @@ WRONG = {
     "absent file": (["fit", "--data.init_args.paths", "absent.csv"], "absent.csv"),
     "misnamed column": (["fit", "--data.init_args.user_column", "custommer"], "custommer"),
     "unknown split": (["fit", "--data.init_args.split", "random"], "split"),
-    "cutoff that is not ranked": (["test", "--model.init_args.cutoffs", "[1]"], "no run of this config"),
+    "answer in sight": (["fit", "--data.init_args.target", "next_item"], "see_own_basket must be false"),
+    "nothing left": (["fit", "--data.init_args.min_item_count", "9999"], "nothing is left after step"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_ends_in_one_line(seqlit, config, case, tmp_path):
     arguments, words = WRONG[case]
-    before = files_below(tmp_path)
+    before = all_below(tmp_path)
     status, _, err = seqlit(arguments[0], "--config", config, *arguments[1:])
     assert status == 2
     assert words in one_line(err)
-    left = {name for name in files_below(tmp_path) - before if not name.startswith(".seqlit_cache")}
-    assert not left, "a refused run left files"
+    assert not all_below(tmp_path) - before, "a refused run left something"
 
 
 def test_no_config_file(seqlit):
@@ -268,22 +361,24 @@ def test_no_config_file(seqlit):
 def test_checkpoint_of_another_catalogue(seqlit, config, tmp_path):
     assert seqlit("fit", "--config", config, "--trainer.max_epochs", "1")[0] == 0
     checkpoint = tmp_path / "runs/sasrec_cce/version_0/checkpoints/best.ckpt"
-    # As many items under other names: the shapes fit, the meaning does not.
-    write_shop(tmp_path / "shop.csv", first_item=100)
-    status, _, err = seqlit("test", "--config", config, "--ckpt_path", checkpoint)
-    assert status == 2
-    assert "catalogue" in one_line(err)
+    # As many items under other names: the shapes fit, the meaning does not. Then more items.
+    for other in ({"first_item": 100}, {"n_items": 50}):
+        write_shop(tmp_path / "shop.csv", **other)
+        status, _, err = seqlit("test", "--config", config, "--ckpt_path", checkpoint)
+        assert status == 2
+        assert "checkpoint was trained on" in one_line(err)
+        assert "catalogue" in err
     assert not (tmp_path / "runs/sasrec_cce/version_0/report").exists()
 
 
 def test_missing_extra_is_named(seqlit, config, monkeypatch):
-    import importlib.util
+    from lightning_utilities.core.imports import RequirementCache
 
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find_spec(name, *a))
     import lightning.pytorch.loggers.wandb as module
 
-    monkeypatch.setattr(module, "_WANDB_AVAILABLE", False)
+    monkeypatch.setattr(module, "_WANDB_AVAILABLE", RequirementCache("wandb>=9999"))
     status, _, err = seqlit("fit", "--config", config, "--trainer.logger", "lightning.pytorch.loggers.WandbLogger")
     assert status == 2
     assert "pip install 'seqlit[wandb]'" in one_line(err)

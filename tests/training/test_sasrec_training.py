@@ -95,7 +95,7 @@ def test_every_micro_batch_draws_fresh_negatives():
 
     class Recording(CCEMinusLoss):
         def forward(self, *arguments, **keywords):
-            steps.append((keywords["step"], keywords.get("validation", False)))
+            steps.append((int(keywords["step"]), keywords.get("validation", False)))
             return super().forward(*arguments, **keywords)
 
     model = module(Recording(8))

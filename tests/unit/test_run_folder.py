@@ -32,7 +32,8 @@ def add_run(root, number, settings, checkpoint=BEST):
 
 def test_identity_is_what_decides_a_result():
     base = identity(config())
-    assert identity(config(data__batch_size=99, data__num_workers=4)) == base
+    assert identity(config(data__eval_batch_size=99, data__num_workers=4)) == base
+    assert identity(config(data__batch_size=99)) != base
     assert identity(config() | {"trainer": {"max_epochs": 9}}) == base
     assert identity(config(model__d_model=32)) != base
     assert identity(config(data__paths=["b.csv"])) != base
