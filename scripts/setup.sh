@@ -26,8 +26,12 @@ set_up() {
   fi
   python=$(find_python)
   say "Installing into .venv with $("$python" --version)"
+  if [ -e .venv ] && ! .venv/bin/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
+    echo "setup: .venv holds no Python 3.11 or 3.12; remove it and call again" >&2
+    return 1
+  fi
   [ -x .venv/bin/python ] || "$python" -m venv .venv
-  # torch first and pinned: left to the resolver, the newest CUDA build (several GB) would come.
+  # torch first and pinned: left to the resolver, the newest release would come, whatever was tested.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
   printf '%s' "$wanted" > "$stamp"

@@ -122,7 +122,7 @@ def test_counts_of_filters_and_split_equal_those_of_polars(cache, transactions):
     asked = asked.filter(pl.col("stock_code").is_in(known)).unique(["customer_id", "stock_code"])
     assert split["test_relevant"] == asked.height
     assert split["test_users"] == asked["customer_id"].n_unique()
-    assert module.item_counts == train.group_by("stock_code").len().sort("stock_code")["len"].to_list()
+    assert module.item_counts.tolist() == train.group_by("stock_code").len().sort("stock_code")["len"].to_list()
 
 
 def test_facts_are_plain_json_and_lie_in_the_cache(cache):
@@ -221,7 +221,7 @@ def test_train_histories_are_read_only_maps_in_training_order(synthetic):
     assert histories.offsets[-1] == len(histories.items) == len(histories.baskets)
     with pytest.raises(ValueError, match="read-only"):
         histories.items[0] = 0
-    assert np.bincount(histories.items, minlength=module.n_items).tolist() == module.item_counts
+    assert np.bincount(histories.items, minlength=module.n_items).tolist() == module.item_counts.tolist()
 
 
 def test_no_validation_users_no_loader(synthetic):
@@ -423,7 +423,7 @@ def test_trainer_moves_through_epochs_and_a_resumed_fit_sees_the_rest(synthetic,
     begun.save_checkpoint(tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["InteractionsDataModule"]
     assert state == {
-        "seed": 42,
+        "preparation": synthetic().state_dict()["preparation"],
         "epoch": 1,
         "position": n_batches,
         "catalogue_hash": synthetic().catalogue_hash,
@@ -452,10 +452,12 @@ def test_trainer_predicts_for_every_user_once(synthetic, tmp_path):
     ("change", "said"),
     [
         ({"min_item_count": 100}, "checkpoint was trained on catalogue"),
-        ({"validation_user_fraction": 0.06, "seed": 1}, "checkpoint was trained with data seed 42, the seed here is 1"),
+        ({"validation_user_fraction": 0.06}, "trained with validation_user_fraction 0.05, here it is 0.06"),
+        ({"test_fraction": 0.2}, "trained with test_fraction 0.1, here it is 0.2"),
+        ({"seed": 1}, "trained with seed 42, here it is 1"),
     ],
 )
-def test_checkpoint_of_another_catalogue_or_seed(synthetic, change, said):
+def test_checkpoint_of_another_catalogue_or_split(synthetic, change, said):
     state = synthetic().state_dict()
     other = synthetic(**change)
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
