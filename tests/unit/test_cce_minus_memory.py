@@ -1,5 +1,8 @@
 """No tensor of the size of the logits, let alone of the gathered rows, is ever allocated by the chunked path."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,3 +94,60 @@ def test_wide_rows_and_few_negatives_fit_a_block_too(small_blocks, monkeypatch, 
     targets = torch.randint(2003, (32771,))
     largest = largest_tensor(hidden, table, targets, n_negatives=2, seed=1, sharing=sharing, ignore_outputs=True)
     assert largest.bytes <= small_blocks["sparse" if sharing == "position" else "gathered"], largest.where
+
+
+class PeakBytes(TorchDispatchMode):
+    """Records the most bytes that were alive at one time among all tensors that operators return."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.known = 0, 0, set()
+
+    def _freed(self, key, size):
+        self.alive -= size
+        self.known.discard(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.known:
+                    self.known.add(key)
+                    self.alive += size
+                    weakref.finalize(storage, self._freed, key, size)
+        self.peak = max(self.peak, self.alive)
+        return out
+
+
+def peak_bytes(n_negatives, n=512, **kwargs):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(n, 16, generator=generator, requires_grad=True)
+    table = torch.randn(1000, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 1000, (n,), generator=generator)
+    gc.collect()
+    with PeakBytes() as memory:
+        cce_minus_loss(hidden, table, targets, n_negatives=n_negatives, seed=1, **kwargs).backward()
+    return memory.peak
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("sharing", "n", "few", "many"),
+    # Enough of both that a block is full.
+    [("position", 8192, 256, 1024), ("tile", 512, 32768, 131072), ("batch", 512, 32768, 131072)],
+)
+def test_peak_memory_does_not_grow_with_the_number_of_negatives(sharing, n, few, many):
+    """Four times the negatives, at most one per cent more: the draws, logits and gathered rows live in blocks.
+
+    Less is possible: of single positions fewer fit a block, and what a block holds for each of them shrinks.
+    """
+    peaks = [peak_bytes(k, n, sharing=sharing, tile_size=64) for k in (few, many)]
+    assert peaks[1] <= 1.01 * peaks[0]
+
+
+def test_the_peak_of_the_reference_does_depend_on_it():
+    """The measure sees what it should: twice the negatives, nearly twice the peak."""
+    few, many = (peak_bytes(k, impl="reference") for k in (256, 512))
+    assert many > 1.8 * few
