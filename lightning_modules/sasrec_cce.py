@@ -171,7 +171,9 @@ class SASRecCCE(LightningModule):
         if self.repeat is not None:
             loss = self.repeat.loss(loss, states, item_ids, basket_ids, item_ids != self.n_items, targets)
         self.micro_step += 1
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
+        self.log(
+            "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets), sync_dist=True
+        )
         return loss
 
     def _evaluate(self, states: Tensor, batch: dict[str, Tensor], metrics: MetricCollection) -> Recommendations:
