@@ -98,21 +98,25 @@ class SeqlitCLI(LightningCLI):
         if not _is_run_logger(logger):
             return
         asked = config.ckpt_path
-        root = Path(logger.init_args.save_dir) / logger.init_args.name
-        resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
+
+        def newest(checkpoint: str) -> Path:
+            resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
+            return newest_run(Path(logger.init_args.save_dir) / logger.init_args.name, resolved, checkpoint)
+
         if self.subcommand == "fit":
             if asked == "last":
-                run = newest_run(root, resolved, LAST)
+                run = newest(LAST)
                 logger.init_args.version = run.name
                 config.ckpt_path = str(run / "checkpoints" / LAST)
                 drop_unfinished_epochs(run, int(_read_checkpoint(config.ckpt_path)["epoch"]))
             return
         if asked in (None, "best", "last"):
             checkpoint = LAST if asked == "last" else BEST
-            run = newest_run(root, resolved, checkpoint)
+            run = newest(checkpoint)
             config.ckpt_path = str(run / "checkpoints" / checkpoint)
-            epochs = read_fit_facts(run).get("epochs", "unfinished, fewer")
-            print(f"seqlit: {config.ckpt_path}, of a run of {epochs} epochs", flush=True)
+            facts = read_fit_facts(run)
+            which = f"a run of {facts['epochs']} epochs" if facts else "an unfinished run"
+            print(f"seqlit: {config.ckpt_path}, of {which}", flush=True)
         run = Path(config.ckpt_path).parent.parent
         if (run / "config.yaml").is_file():
             # Results go beside the checkpoint they came from, and the metrics of the fit stay as they are.

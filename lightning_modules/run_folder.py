@@ -9,8 +9,8 @@ import csv
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,25 @@ BEST, LAST = "best.ckpt", "last.ckpt"
 _SPEED_ONLY = frozenset({"eval_batch_size", "num_workers", "cache_dir", "impl"})
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader finds the old file or the new one, never a part."""
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """A draft beside ``path`` that takes its place when the block ends well, and goes when it does not.
+
+    A reader finds the old file or the new one, never a part. The draft keeps the suffix: writers choose formats by it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(draft, 0o644)  # mkstemp gives 0600; results are for everyone who may read the folder
+        yield draft
         os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all."""
+    with drafted(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -103,12 +103,12 @@ class SASRecCCE(LightningModule):
             block=block,
             dropout=dropout,
         )
-        if target == "next_item" and any(getattr(layer, "see_own_basket", False) for layer in self.encoder.blocks):
+        if target == "next_item" and self.encoder.see_own_basket:
             raise ValueError(
                 "see_own_basket must be false with target 'next_item': the next item may be of that basket"
             )
         self.repeat = (
-            RepeatMixture(d_model, see_own_basket=self.encoder.see_own_basket)
+            RepeatMixture(d_model, n_items=n_items, see_own_basket=self.encoder.see_own_basket)
             if repeat_mode and recommend_seen
             else None
         )
@@ -143,33 +143,30 @@ class SASRecCCE(LightningModule):
         return self.encoder(item_ids, basket_ids)
 
     def _rank(self, states: Tensor, batch: dict[str, Tensor], k: int) -> Recommendations:
-        table, item_ids = self.encoder.item_embeddings, batch["item_ids"]
+        table = self.encoder.item_embeddings
         if self.repeat is not None:
             _, log_normaliser = cce_minus_loss(
                 states[:, -1], table, torch.zeros_like(batch["user_index"]), n_negatives="all", return_lse=True
             )
-            ranked = self.repeat.rank(
-                states, item_ids, batch["basket_ids"], item_ids != self.n_items, table, log_normaliser, k
-            )
+            ranked = self.repeat.rank(states, batch["item_ids"], batch["basket_ids"], table, log_normaliser, k)
         else:
             seen = (None, None) if self.recommend_seen else (batch["history_items"], batch["history_offsets"])
             ranked = top_k_items(states[:, -1], table, k, seen_items=seen[0], seen_offsets=seen[1])
         return Recommendations(batch["user_index"], item_ids=ranked[1], scores=ranked[0])
 
+    def _catalogue_loss(self, states: Tensor, targets: Tensor, **draw: Any) -> Tensor:
+        """The injected loss: its mean, or one value a position where the repeat mode goes on with them."""
+        reduction = "mean" if self.repeat is None else "none"
+        table = self.encoder.item_embeddings
+        return self.loss(states, table, targets, rank=self.global_rank, reduction=reduction, **draw)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss over every slot that has a target."""
         item_ids, basket_ids, targets = batch["item_ids"], batch["basket_ids"], batch["targets"]
         states = self(item_ids, basket_ids)
-        loss = self.loss(
-            states,
-            self.encoder.item_embeddings,
-            targets,
-            step=self.micro_step,  # a tensor: nothing waits for the device
-            rank=self.global_rank,
-            reduction="mean" if self.repeat is None else "none",
-        )
+        loss = self._catalogue_loss(states, targets, step=self.micro_step)  # a tensor: nothing waits for the device
         if self.repeat is not None:
-            loss = self.repeat.loss(loss, states, item_ids, basket_ids, item_ids != self.n_items, targets)
+            loss = self.repeat.loss(loss, states, item_ids, basket_ids, targets)
         self.micro_step += 1
         self.log(
             "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets), sync_dist=True
@@ -192,17 +189,10 @@ class SASRecCCE(LightningModule):
         states = self(item_ids, basket_ids)
         self._evaluate(states, batch, self.val_metrics)
         targets = batch["relevant"].masked_fill(batch["relevant"] < 0, -100)
-        loss = self.loss(
-            states[:, -1:].expand(-1, targets.shape[1], -1),
-            self.encoder.item_embeddings,
-            targets,
-            step=batch_idx,
-            rank=self.global_rank,
-            validation=True,
-            reduction="mean" if self.repeat is None else "none",
-        )
+        last = states[:, -1:].expand(-1, targets.shape[1], -1)
+        loss = self._catalogue_loss(last, targets, step=batch_idx, validation=True)
         if self.repeat is not None:
-            loss = self.repeat.last_state_loss(loss, states, item_ids, basket_ids, item_ids != self.n_items, targets)
+            loss = self.repeat.last_state_loss(loss, states, item_ids, basket_ids, targets)
         self.log("val/loss", loss, batch_size=int((targets >= 0).sum()), sync_dist=True)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Recommendations:  # type: ignore[override]

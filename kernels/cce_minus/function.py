@@ -96,42 +96,23 @@ def cce_minus_loss(
         raise ValueError("impl='triton' is not available yet: use 'auto', 'torch' or 'reference'")
     if deterministic is not None and not isinstance(deterministic, bool):
         raise ValueError(f"deterministic must be None, True or False, got {deterministic!r}")
+    choices: dict[str, Any] = {
+        "n_negatives": n_negatives,
+        "negatives": negatives,
+        "seed": seed,
+        "step": step,
+        "rank": rank,
+        "sharing": sharing,
+        "tile_size": tile_size,
+        "log_q": log_q,
+        "correction": correction,
+        "weight": weight,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+    }
     if impl == "reference":
-        return cce_minus_reference(
-            hidden,
-            item_embeddings,
-            targets,
-            n_negatives=n_negatives,
-            negatives=negatives,
-            seed=seed,
-            step=step,
-            rank=rank,
-            sharing=sharing,
-            tile_size=tile_size,
-            log_q=log_q,
-            correction=correction,
-            weight=weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            return_lse=return_lse,
-        )
-    rows = prepare_loss(
-        hidden,
-        item_embeddings,
-        targets,
-        n_negatives=n_negatives,
-        negatives=negatives,
-        seed=seed,
-        step=step,
-        rank=rank,
-        sharing=sharing,
-        tile_size=tile_size,
-        log_q=log_q,
-        correction=correction,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
+        return cce_minus_reference(hidden, item_embeddings, targets, **choices, return_lse=return_lse)
+    rows = prepare_loss(hidden, item_embeddings, targets, **choices)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     with torch.autocast(hidden.device.type, enabled=False):

@@ -1,6 +1,5 @@
 """Recommendations to Parquet, in the ids of the user's own files."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import polars as pl
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.ranking import Recommendations
+from lightning_modules.run_folder import drafted
 
 
 class RecommendationWriter(Callback):
@@ -70,12 +70,7 @@ class RecommendationWriter(Callback):
                 "score": scores.ravel()[kept],
             }
         )
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f".{self.filename}.{os.getpid()}"
-        try:
+        path = Path(trainer.log_dir or trainer.default_root_dir) / self.filename
+        with drafted(path) as draft:
             frame.write_parquet(draft)
-            os.replace(draft, folder / self.filename)
-        finally:
-            draft.unlink(missing_ok=True)
-        print(f"seqlit: {len(frame)} recommendations in {folder / self.filename}", flush=True)
+        print(f"seqlit: {len(frame)} recommendations in {path}", flush=True)

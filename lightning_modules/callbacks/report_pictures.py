@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lightning_modules.run_folder import drafted
+
 # Colour-blind safe (Okabe & Ito); the model is always the first.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 
@@ -26,8 +28,8 @@ def _axes(n_columns: int = 1, width: float = 7.0, height: float = 4.0) -> tuple[
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with drafted(path) as draft:
+        figure.savefig(draft, dpi=130)
 
 
 def _words(name: str) -> str:

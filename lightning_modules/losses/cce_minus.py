@@ -5,6 +5,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from kernels.cce_minus import Proposal, cce_minus_loss
+from kernels.cce_minus.arguments import Correction, Reduction, Sharing
+from kernels.cce_minus.function import Implementation
 
 _VALIDATION_SEED_FLIP = 0x5DEECE66D  # validation must not replay the draws of training at the same step
 
@@ -34,12 +36,12 @@ class CCEMinusLoss(nn.Module):
         self,
         n_negatives: int | Literal["all"] = 256,
         *,
-        sharing: Literal["position", "tile", "batch"] = "position",
+        sharing: Sharing = "position",
         tile_size: int = 128,
-        correction: Literal["logq", "none", "improved_logq"] = "logq",
+        correction: Correction = "logq",
         popularity_alpha: float = 0.0,
         seed: int = 0,
-        impl: Literal["auto", "reference", "torch", "triton"] = "auto",
+        impl: Implementation = "auto",
     ) -> None:
         if n_negatives != "all" and n_negatives < 1:
             raise ValueError(f"n_negatives must be at least 1 or 'all', got {n_negatives}")
@@ -74,7 +76,7 @@ class CCEMinusLoss(nn.Module):
         rank: int = 0,
         weight: Tensor | None = None,
         validation: bool = False,
-        reduction: Literal["mean", "sum", "none"] = "mean",
+        reduction: Reduction = "mean",
     ) -> Tensor:
         """Loss over the kept positions: a 0-d float tensor, or the shape of ``targets`` for ``reduction="none"``.
 

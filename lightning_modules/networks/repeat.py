@@ -25,13 +25,15 @@ class RepeatMixture(nn.Module):
 
     Args:
         d_model: Width D.
+        n_items: Catalogue size V, the padding id.
         see_own_basket: Whether a slot sees the later items of its own basket; as the blocks do.
 
     Source: after RepeatNet (Ren et al., AAAI 2019), with attention over slots as the pointer.
     """
 
-    def __init__(self, d_model: int, *, see_own_basket: bool) -> None:
+    def __init__(self, d_model: int, *, n_items: int, see_own_basket: bool) -> None:
         super().__init__()
+        self.n_items = n_items
         self.see_own_basket = see_own_basket
         self.query = nn.Linear(d_model, d_model, bias=False)
         self.key = nn.Linear(d_model, d_model, bias=False)
@@ -53,7 +55,6 @@ class RepeatMixture(nn.Module):
         states: Tensor,
         item_ids: Tensor,
         basket_ids: Tensor,
-        valid: Tensor,
         targets: Tensor,
     ) -> Tensor:
         """Mean of ``-log p(target)`` over the slots that have one; 0 where none has.
@@ -61,12 +62,11 @@ class RepeatMixture(nn.Module):
         Args:
             catalogue_loss: ``(B, T)`` negative log-probability of each target under the catalogue's softmax.
             states: ``(B, T, D)``.
-            item_ids: ``(B, T) int64``.
+            item_ids: ``(B, T) int64``, V at padding.
             basket_ids: ``(B, T) int64``, -1 at padding.
-            valid: ``(B, T) bool``, true at real items.
             targets: ``(B, T) int64``, negative where there is none.
         """
-        visible = causal_mask(valid, basket_ids if self.see_own_basket else None)[:, 0]
+        visible = causal_mask(item_ids != self.n_items, basket_ids if self.see_own_basket else None)[:, 0]
         alpha = self.pointer(states, states, basket_ids[:, :, None] - basket_ids[:, None, :], visible)
         copied = (alpha * (item_ids[:, None, :] == targets[:, :, None])).sum(-1)
         return self._mix(catalogue_loss, copied, states, targets)
@@ -77,11 +77,10 @@ class RepeatMixture(nn.Module):
         states: Tensor,
         item_ids: Tensor,
         basket_ids: Tensor,
-        valid: Tensor,
         targets: Tensor,
     ) -> Tensor:
         """As :meth:`loss`, for several targets ``(B, R)`` of the last slot; ``catalogue_loss (B, R)``."""
-        alpha = self._last_pointer(states, basket_ids, valid)
+        alpha = self._last_pointer(states, item_ids, basket_ids)
         copied = (alpha[:, None, :] * (item_ids[:, None, :] == targets[:, :, None])).sum(-1)
         return self._mix(catalogue_loss, copied, states[:, -1:].expand(-1, targets.shape[1], -1), targets)
 
@@ -92,7 +91,8 @@ class RepeatMixture(nn.Module):
         kept = targets >= 0
         return -(torch.logaddexp(new, again) * kept).sum() / kept.sum().clamp_min(1)
 
-    def _last_pointer(self, states: Tensor, basket_ids: Tensor, valid: Tensor) -> Tensor:
+    def _last_pointer(self, states: Tensor, item_ids: Tensor, basket_ids: Tensor) -> Tensor:
+        valid = item_ids != self.n_items
         ages = (basket_ids[:, -1:] - basket_ids)[:, None, :]
         # An empty history has nothing visible: give its padding the weight, which is no item.
         visible = valid | ~valid.any(1, keepdim=True)
@@ -104,7 +104,6 @@ class RepeatMixture(nn.Module):
         states: Tensor,
         item_ids: Tensor,
         basket_ids: Tensor,
-        valid: Tensor,
         table: Tensor,
         log_normaliser: Tensor,
         k: int,
@@ -115,7 +114,6 @@ class RepeatMixture(nn.Module):
             states: ``(B, T, D)``.
             item_ids: ``(B, T) int64``.
             basket_ids: ``(B, T) int64``.
-            valid: ``(B, T) bool``.
             table: ``(V, D)``.
             log_normaliser: ``(B,)``, ``log sum_j exp <h, table_j>`` of the last slot.
             k: Places.
@@ -124,14 +122,15 @@ class RepeatMixture(nn.Module):
             ``(log-probabilities (B, k) float32, ids (B, k) int64)`` in the order of
             :func:`lightning_modules.ranking.top_k_items`.
         """
+        valid = item_ids != self.n_items
         last = states[:, -1].float()
         gate = self.gate(states[:, -1]).float()  # (B, 1)
         shift = F.logsigmoid(-gate) - log_normaliser[:, None]
-        alpha = self._last_pointer(states, basket_ids, valid).float()
+        alpha = self._last_pointer(states, item_ids, basket_ids).float()
         same = item_ids[:, :, None] == item_ids[:, None, :]
         copied = (same * alpha[:, None, :]).sum(-1)  # (B, T): weight of the item at each slot, wherever it stands
         again_later = same.triu(1).any(-1)  # an item bought twice is one candidate: its last slot
-        own = table[item_ids.clamp_max(len(table) - 1)].float()
+        own = table[item_ids.clamp_max(self.n_items - 1)].float()
         scores = torch.logaddexp(
             (own @ last[..., None])[..., 0] + shift, F.logsigmoid(gate) + copied.clamp_min(_NO_PROBABILITY).log()
         )

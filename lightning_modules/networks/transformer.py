@@ -218,8 +218,8 @@ class SequenceEncoder(nn.Module):
 
     @property
     def see_own_basket(self) -> bool:
-        """Whether a slot sees the later items of its own basket, as its blocks were told."""
-        return all(getattr(block, "see_own_basket", False) for block in self.blocks)
+        """Whether a slot sees the later items of its own basket, as its blocks, all of one factory, were told."""
+        return any(getattr(block, "see_own_basket", False) for block in self.blocks)
 
     @property
     def item_embeddings(self) -> Tensor:

@@ -11,7 +11,7 @@ V, D, B, T = 23, 8, 5, 11
 @pytest.fixture(params=[False, True], ids=["causal", "own basket"])
 def case(request):
     generator = torch.Generator().manual_seed(7)
-    mixture = RepeatMixture(D, see_own_basket=request.param).double()
+    mixture = RepeatMixture(D, n_items=V, see_own_basket=request.param).double()
     with torch.no_grad():
         for parameter in mixture.parameters():
             parameter.normal_(std=0.7, generator=generator)
@@ -61,7 +61,7 @@ def test_loss_is_the_mean_negative_log_probability(case):
         for t in range(T)
         if targets[b, t] >= 0
     ]
-    loss = mixture.loss(catalogue, states, items, baskets, valid, targets)
+    loss = mixture.loss(catalogue, states, items, baskets, targets)
     # Gate and pointer are taken to the logarithm in float32: 2^-24 relative, a few of them.
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
 
@@ -78,7 +78,7 @@ def test_last_state_loss_takes_several_targets(case):
         for target in targets[b]
         if target >= 0
     ]
-    loss = mixture.last_state_loss(rows, states, items, baskets, valid, targets)
+    loss = mixture.last_state_loss(rows, states, items, baskets, targets)
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
 
 
@@ -87,7 +87,7 @@ def test_ranking_is_that_of_the_probabilities(case):
     normaliser = torch.logsumexp(states[:, -1] @ table.T, -1).float()
     mixture, states, table = mixture.float(), states.float(), table.float()
     k = V + 3
-    scores, ids = mixture.rank(states, items, baskets, valid, table, normaliser, k)
+    scores, ids = mixture.rank(states, items, baskets, table, normaliser, k)
     for user in range(B):
         expected = probabilities(
             mixture.double(), states.double(), items, baskets, valid, table.double(), user, T - 1
@@ -101,7 +101,7 @@ def test_ranking_is_that_of_the_probabilities(case):
 
 
 def test_untrained_pointer_is_the_frequency_of_each_item():
-    mixture = RepeatMixture(D, see_own_basket=True)
+    mixture = RepeatMixture(D, n_items=V, see_own_basket=True)
     with torch.no_grad():
         mixture.decay.zero_()
         mixture.query.weight.zero_()
@@ -112,21 +112,21 @@ def test_untrained_pointer_is_the_frequency_of_each_item():
     impossible = torch.full((1, 5), 80.0)  # e^-80: what the catalogue adds is far below float32
     for item, share in ((3, 3 / 4), (5, 1 / 4)):
         targets[0, -1] = item
-        loss = mixture.loss(impossible, states, items, baskets, items != V, targets)
+        loss = mixture.loss(impossible, states, items, baskets, targets)
         assert torch.exp(-loss).item() == pytest.approx(0.5 * share, rel=1e-5)  # the gate starts at one half
 
 
 def test_gradients_are_finite_where_nothing_can_be_copied():
-    mixture = RepeatMixture(D, see_own_basket=False)
+    mixture = RepeatMixture(D, n_items=V, see_own_basket=False)
     states = torch.randn(2, 3, D, requires_grad=True)
     items = torch.tensor([[V, V, V], [V, 1, 2]])
     baskets = torch.tensor([[-1, -1, -1], [-1, 0, 1]])
     targets = torch.tensor([[-100, -100, -100], [-100, 9, 9]])
-    loss = mixture.loss(states.sum(-1) ** 2, states, items, baskets, items != V, targets)
+    loss = mixture.loss(states.sum(-1) ** 2, states, items, baskets, targets)
     loss.backward()
     assert states.grad.isfinite().all()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in mixture.parameters())
-    nothing = mixture.loss(states.sum(-1) ** 2, states, items, baskets, items != V, torch.full((2, 3), -100))
+    nothing = mixture.loss(states.sum(-1) ** 2, states, items, baskets, torch.full((2, 3), -100))
     assert nothing.item() == 0.0
     nothing.backward()
     assert states.grad.isfinite().all()
