@@ -9,6 +9,9 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
+if not torch.cuda.is_available():
+    # Triton decides when a kernel is defined, so before the first import: on a CPU kernels run in the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 PROJECT = Path(__file__).resolve().parent.parent
 
 

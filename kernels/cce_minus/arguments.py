@@ -1,12 +1,15 @@
 """From the caller's arguments to the rows the loss is computed on: every check, then the kept positions in order.
 
+Checks of shapes and names come first and read no tensor, so they work under compilation and capture; checks of values
+follow where the loss is computed.
+
 Letters: M positions as given, N kept positions, D width, V items, K negatives.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 import torch
@@ -17,10 +20,74 @@ from kernels.cce_minus.philox import MASK, MAX_COLUMNS, PhiloxStream
 from kernels.cce_minus.proposals import Proposal
 
 Sharing = Literal["position", "tile", "batch"]
-Correction = Literal["logq", "none", "improved_logq"]
+Correction = Literal["logq", "none", "improved_logq", "classic_logq"]
 Reduction = Literal["mean", "sum", "none"]
 
+SHARINGS, CORRECTIONS, REDUCTIONS = get_args(Sharing), get_args(Correction), get_args(Reduction)
+
 _ID_DTYPES = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowChoices:
+    """Which positions count and what they are compared with: arguments whose shapes and names are checked.
+
+    Args:
+        targets: int32 or int64, M of any shape: where a value is refused, its place is named.
+        n_items: Catalogue size V.
+        negatives: Given ids (n_rows, K), None where ids are drawn or every item is a negative.
+        stream: (3,) int64 words of the generator, see `counter_words`; None where nothing is drawn.
+        log_q: (V,) log-probabilities for the correction; None for uniform.
+        threshold: (V,) int32 of the alias table drawn from; None for uniform draws.
+        alias: (V,) int32, likewise.
+        n_columns: Negatives of a row K; V where every item is one.
+        sharing: "position", "tile" or "batch".
+        tile_size: Positions per tile.
+        correction: One of `Correction`; "none" where every item is a negative.
+        ignore_index: Target of positions to leave out.
+    """
+
+    targets: Tensor
+    n_items: int
+    negatives: Tensor | None
+    stream: Tensor | None
+    log_q: Tensor | None
+    threshold: Tensor | None
+    alias: Tensor | None
+    n_columns: int
+    sharing: Sharing
+    tile_size: int
+    correction: Correction
+    ignore_index: int
+
+    @property
+    def source(self) -> Literal["uniform", "alias", "given", "every item"]:
+        """Where ids come from."""
+        if self.negatives is not None:
+            return "given"
+        if self.stream is None:
+            return "every item"
+        return "uniform" if self.threshold is None else "alias"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LossInputs(RowChoices):
+    """All that a path computes the loss from.
+
+    Args:
+        hidden: (M, D).
+        table: (V, D).
+        autocast: Dtype to which autocast wants operands of matrix products rounded; None where it is off.
+    """
+
+    hidden: Tensor
+    table: Tensor
+    autocast: torch.dtype | None
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.hidden.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +100,7 @@ class LossRows:
         targets: (N,) int64 in [0, V).
         group: Positions that share a row of negatives: 1, the tile size, or N. Position i reads row i // group.
         negatives: Source of ids.
-        correction: "logq", "none" or "improved_logq"; "none" where every item is a negative.
+        correction: One of `Correction`; "none" where every item is a negative.
         log_q: (V,) log-probabilities for the correction; None for uniform.
     """
 
@@ -54,6 +121,11 @@ class LossRows:
     def is_exhaustive(self) -> bool:
         """Whether every item is a negative, which makes the loss the full cross-entropy."""
         return isinstance(self.negatives, EveryItem)
+
+    @property
+    def keeps_collisions(self) -> bool:
+        """Whether a negative that equals the target stays among the negatives."""
+        return self.correction == "classic_logq"
 
     def select(self, flat: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Entries of an (M, ...) tensor at the kept positions start..stop-1."""
@@ -85,14 +157,15 @@ def prepare_loss(
     weight: Tensor | None,
     ignore_index: int,
     reduction: Reduction,
-) -> LossRows:
-    """Check the arguments of the loss and list its rows; for the meaning of each see `cce_minus_loss`.
+) -> LossInputs:
+    """Check all that can be checked without reading a tensor; for the meaning of each argument see `cce_minus_loss`.
 
     Raises:
         ValueError: In one line, when an argument is not what `cce_minus_loss` allows.
     """
-    _check_choice("correction", correction, Correction)
-    _check_choice("reduction", reduction, Reduction)
+    _check_choice("correction", correction, CORRECTIONS)
+    _check_choice("reduction", reduction, REDUCTIONS)
+    _check_choice("sharing", sharing, SHARINGS)
     if hidden.dim() < 1 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating point of shape (..., D), got {_describe(hidden)}")
     if item_embeddings.dim() != 2 or not item_embeddings.is_floating_point():
@@ -111,11 +184,9 @@ def prepare_loss(
             raise ValueError("n_negatives='all' takes every item, but negatives were given: pass one of the two")
         if log_q is not None:
             raise ValueError("n_negatives='all' takes every item, so there is no log_q to correct for: pass None")
-        index, kept = _kept_positions(targets, n_items, ignore_index)
-        source = EveryItem(n_items, kept.device)
-        return LossRows(n_items, index, kept, max(1, kept.shape[0]), source, "none", None)
-    if negatives is None:
-        return prepare_draws(
+        choices = _choices(targets, n_items, n_items, "batch", tile_size, "none", ignore_index, None, None)
+    elif negatives is None:
+        choices = prepare_draws(
             targets,
             n_items,
             n_negatives=n_negatives,
@@ -128,13 +199,25 @@ def prepare_loss(
             correction=correction,
             ignore_index=ignore_index,
         )
-    index, kept = _kept_positions(targets, n_items, ignore_index)
-    group = _group_size(sharing, tile_size, kept.shape[0])
-    ids = _checked_ids(negatives, sharing, kept.shape[0], group, n_items, kept.device)
-    log_probabilities = _checked_log_q(log_q, n_items, kept.device)
-    if log_probabilities is not None and correction != "none":
-        _check_possible(ids, log_probabilities)
-    return LossRows(n_items, index, kept, group, GivenNegatives(ids), correction, log_probabilities)
+    else:
+        _check_device("negatives", negatives, hidden.device)
+        if negatives.dtype not in _ID_DTYPES:
+            raise ValueError(f"negatives must be int32 or int64, got {negatives.dtype}")
+        if negatives.dim() != (1 if sharing == "batch" else 2) or negatives.shape[-1] < 1:
+            raise ValueError(
+                f"negatives must have shape {'(K,)' if sharing == 'batch' else '(n_rows, K)'} with K at least 1 "
+                f"for sharing={sharing!r}, got {tuple(negatives.shape)}"
+            )
+        matrix = negatives[None, :] if sharing == "batch" else negatives
+        choices = _choices(
+            targets, n_items, matrix.shape[1], sharing, tile_size, correction, ignore_index, matrix, log_q
+        )
+    return LossInputs(
+        **{field.name: getattr(choices, field.name) for field in fields(choices)},
+        hidden=hidden.reshape(-1, width),
+        table=item_embeddings,
+        autocast=autocast_dtype(hidden.device.type),
+    )
 
 
 def prepare_draws(
@@ -150,8 +233,8 @@ def prepare_draws(
     log_q: Proposal | Tensor | None,
     correction: Correction,
     ignore_index: int,
-) -> LossRows:
-    """List the kept positions, permuted where tiles share negatives, and the source that draws their ids.
+) -> RowChoices:
+    """Check the arguments of drawn negatives, as far as no tensor is read.
 
     Raises:
         ValueError: In one line, when an argument is not what `cce_minus_negatives` allows.
@@ -164,77 +247,168 @@ def prepare_draws(
             "log_q must be a Proposal where negatives are drawn (a tensor only corrects for given negatives), "
             f"got {type(log_q).__name__}"
         )
-    index, kept = _kept_positions(targets, n_items, ignore_index)
-    n, device = kept.shape[0], kept.device
-    group = _group_size(sharing, tile_size, n)
-    log_probabilities = _checked_log_q(log_q, n_items, device)
+    choices = _choices(targets, n_items, n_negatives, sharing, tile_size, correction, ignore_index, None, log_q)
     if seed is None:
-        seed = int(torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64))
+        seed = torch.randint(1 << 62, (), dtype=torch.int64)
     _check_counter_word("seed", seed, -(1 << 63), (1 << 63) - 1)
     _check_counter_word("step", step, -(1 << 63), (1 << 63) - 1)
     _check_counter_word("rank", rank, 0, MASK)
-    stream = PhiloxStream.of(seed, step, rank)
-    if sharing == "tile":
-        # Neighbours of one history are alike: shuffled, they do not meet in a tile and share its noise.
-        order = stream.permutation(n, device)
-        index = order if index is None else index[order]
-        kept = kept[order]
-    n_rows = 1 if sharing == "batch" else -(-n // group)
-    source = DrawnNegatives(stream, n_rows, n_negatives, n_items, log_q, device)
-    return LossRows(n_items, index, kept, group, source, correction, log_probabilities)
+    if log_q is not None:
+        choices = replace(choices, threshold=log_q.threshold, alias=log_q.alias)
+    return replace(choices, stream=counter_words(seed, step, rank, targets.device))
 
 
-def _kept_positions(targets: Tensor, n_items: int, ignore_index: int) -> tuple[Tensor | None, Tensor]:
-    """Index of the positions that count (None for all of them) and their targets as (N,) int64."""
+def list_rows(choices: RowChoices, *, check: bool = True) -> LossRows:
+    """Read the targets: check what they and given ids hold, and list the kept positions in the order of their groups.
+
+    Args:
+        choices: Arguments whose shapes and names are checked.
+        check: Whether to check values too; a backward pass need not do so again.
+
+    Raises:
+        ValueError: In one line, when a value is not what `cce_minus_loss` allows.
+    """
+    index, kept = _kept_positions(choices.targets, choices.n_items, choices.ignore_index, check)
+    n, device = kept.shape[0], kept.device
+    group = {"position": 1, "tile": choices.tile_size, "batch": max(1, n)}[choices.sharing]
+    source: Negatives
+    if choices.negatives is not None:
+        if check:
+            check_given(choices, n)
+        source = GivenNegatives(choices.negatives)
+    elif choices.stream is None:
+        source = EveryItem(choices.n_items, device)
+    else:
+        # on CPU, words as Python ints spare the generator many operations on single numbers
+        words = choices.stream.unbind() if choices.stream.is_cuda else choices.stream.tolist()
+        stream = PhiloxStream.of_words(*words)
+        if choices.sharing == "tile":
+            # Neighbours of one history are alike: shuffled, they do not meet in a tile and share its noise.
+            order = stream.permutation(n, device)
+            index = order if index is None else index[order]
+            kept = kept[order]
+        n_rows = 1 if choices.sharing == "batch" else -(-n // group)
+        alias = (choices.threshold, choices.alias)
+        source = DrawnNegatives(stream, n_rows, choices.n_columns, choices.n_items, alias, device)
+    if check and choices.correction == "classic_logq" and choices.log_q is not None:
+        _check_possible(kept, choices.log_q, "targets")
+    return LossRows(choices.n_items, index, kept, group, source, choices.correction, choices.log_q)
+
+
+def check_given(choices: RowChoices, n: int) -> None:
+    """Check given ids, and a given correction, against the number of kept positions and the catalogue.
+
+    Raises:
+        ValueError: In one line, for a number of rows or an id or a probability that is not allowed.
+    """
+    ids, n_items = choices.negatives, choices.n_items
+    assert ids is not None
+    n_rows = {"position": n, "tile": -(-n // choices.tile_size), "batch": 1}[choices.sharing]
+    if ids.shape[0] != n_rows:
+        raise ValueError(
+            f"negatives must have shape ({n_rows}, K) with K at least 1 for sharing={choices.sharing!r} and {n} kept "
+            f"positions, got {tuple(ids.shape)}"
+        )
+    if ids.numel():
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < 0 or high >= n_items:
+            row, column = ((ids < 0) | (ids >= n_items)).nonzero()[0].tolist()
+            raise ValueError(
+                f"negatives must lie in [0, {n_items}), got {int(ids[row, column])} at row {row}, column {column}"
+            )
+    if choices.log_q is not None:
+        log_total = float(torch.logsumexp(choices.log_q.to(torch.float64), 0))
+        if not abs(math.expm1(min(log_total, 1.0))) <= 1e-4:  # negated, so that NaN is refused
+            raise ValueError(
+                f"log_q must be normalised to within 1e-4, got probabilities summing to exp({log_total:.6g})"
+            )
+        if choices.correction != "none":
+            _check_possible(ids, choices.log_q, "negatives")
+
+
+def check_targets(targets: Tensor, n_items: int, ignore_index: int) -> None:
+    """Refuse targets outside the catalogue: in one line on CPU, by a device-side assertion on a GPU, without a sync.
+
+    Raises:
+        ValueError: On CPU, naming the first such target and its place.
+    """
+    keep = targets != ignore_index
+    wrong = keep & ((targets < 0) | (targets >= n_items))
+    if wrong.is_cuda:
+        allowed = f"targets must lie in [0, {n_items}) or equal ignore_index {ignore_index}"
+        torch._assert_async(~wrong.any(), allowed)
+    elif bool(wrong.any()):
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"targets must lie in [0, {n_items}) or equal ignore_index {ignore_index}, "
+            f"got {int(targets[place])} at {place}"
+        )
+
+
+def counter_words(seed: int | Tensor, step: int | Tensor, rank: int | Tensor, device: torch.device) -> Tensor:
+    """Key and counter words that name a stream: (seed, step low, step high XOR rank), (3,) int64 on the device.
+
+    Python ints become tensors by filling, not by a copy from the host, which a CUDA graph could not record.
+    """
+    words = (seed, step & MASK, ((step >> 32) ^ rank) & MASK)
+    return torch.stack(
+        [
+            word.to(device) if isinstance(word, Tensor) else torch.full((), word, dtype=torch.int64, device=device)
+            for word in words
+        ]
+    )
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Dtype of autocast where it is on."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _choices(
+    targets: Tensor,
+    n_items: int,
+    n_columns: int,
+    sharing: Sharing,
+    tile_size: int,
+    correction: Correction,
+    ignore_index: int,
+    negatives: Tensor | None,
+    log_q: Proposal | Tensor | None,
+) -> RowChoices:
+    """Check what given and drawn negatives have in common."""
     if not _is_int(n_items) or not 2 <= n_items < 1 << 31:
         raise ValueError(f"the number of items V must lie in [2, 2^31), got {n_items}")
     if targets.dtype not in _ID_DTYPES:
         raise ValueError(f"targets must be int32 or int64, got {targets.dtype}")
+    _check_choice("sharing", sharing, SHARINGS)
+    if not _is_int(tile_size) or tile_size < 1:
+        raise ValueError(f"tile_size must be an int of at least 1, got {tile_size!r}")
+    return RowChoices(
+        targets=targets,
+        n_items=n_items,
+        negatives=negatives,
+        stream=None,
+        log_q=_checked_log_q(log_q, n_items, targets.device),
+        threshold=None,
+        alias=None,
+        n_columns=n_columns,
+        sharing=sharing,
+        tile_size=tile_size,
+        correction=correction,
+        ignore_index=ignore_index,
+    )
+
+
+def _kept_positions(targets: Tensor, n_items: int, ignore_index: int, check: bool) -> tuple[Tensor | None, Tensor]:
+    """Index of the positions that count (None for all of them) and their targets as (N,) int64."""
+    if check:
+        check_targets(targets, n_items, ignore_index)
     flat = targets.reshape(-1).to(torch.int64)
     keep = flat != ignore_index
-    wrong = keep & ((flat < 0) | (flat >= n_items))
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
-        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), targets.shape)) if targets.dim() else ()
-        raise ValueError(
-            f"targets must lie in [0, {n_items}) or equal ignore_index {ignore_index}, got {int(flat[at])} at {where}"
-        )
     if bool(keep.all()):
         return None, flat
     index = keep.nonzero().view(-1)
     return index, flat[index]
-
-
-def _group_size(sharing: Sharing, tile_size: int, n: int) -> int:
-    """Positions per row of negatives."""
-    _check_choice("sharing", sharing, Sharing)
-    if not _is_int(tile_size) or tile_size < 1:
-        raise ValueError(f"tile_size must be an int of at least 1, got {tile_size!r}")
-    return {"position": 1, "tile": tile_size, "batch": max(1, n)}[sharing]
-
-
-def _checked_ids(ids: Tensor, sharing: Sharing, n: int, group: int, n_items: int, device: torch.device) -> Tensor:
-    """Given ids as a matrix with one row per group of positions."""
-    _check_device("negatives", ids, device)
-    if ids.dtype not in _ID_DTYPES:
-        raise ValueError(f"negatives must be int32 or int64, got {ids.dtype}")
-    n_rows = -(-n // group)
-    expected = "(K,)" if sharing == "batch" else f"({n_rows}, K)"
-    leading = () if sharing == "batch" else (n_rows,)
-    if ids.dim() != len(leading) + 1 or ids.shape[:-1] != leading or ids.shape[-1] < 1:
-        raise ValueError(
-            f"negatives must have shape {expected} with K at least 1 for sharing={sharing!r} and {n} kept positions, "
-            f"got {tuple(ids.shape)}"
-        )
-    matrix = ids[None, :] if sharing == "batch" else ids
-    if matrix.numel():
-        low, high = (int(bound) for bound in torch.aminmax(matrix))
-        if low < 0 or high >= n_items:
-            row, column = ((matrix < 0) | (matrix >= n_items)).nonzero()[0].tolist()
-            raise ValueError(
-                f"negatives must lie in [0, {n_items}), got {int(matrix[row, column])} at row {row}, column {column}"
-            )
-    return matrix
 
 
 def _checked_log_q(log_q: Proposal | Tensor | None, n_items: int, device: torch.device) -> Tensor | None:
@@ -247,27 +421,21 @@ def _checked_log_q(log_q: Proposal | Tensor | None, n_items: int, device: torch.
     if values.shape != (n_items,) or not values.is_floating_point():
         raise ValueError(f"log_q must be floating point of shape ({n_items},), got {_describe(values)}")
     _check_device("log_q", values, device)
-    if isinstance(log_q, Tensor):
-        log_total = float(torch.logsumexp(values.to(torch.float64), 0))
-        if not abs(math.expm1(min(log_total, 1.0))) <= 1e-4:  # negated, so that NaN is refused
-            raise ValueError(
-                f"log_q must be normalised to within 1e-4, got probabilities summing to exp({log_total:.6g})"
-            )
     return values
 
 
-def _check_possible(ids: Tensor, log_q: Tensor) -> None:
-    """Refuse given ids of zero probability: their importance weight would be infinite."""
+def _check_possible(ids: Tensor, log_q: Tensor, name: str) -> None:
+    """Refuse ids of zero probability: their importance weight would be infinite."""
     impossible = torch.isneginf(log_q)
     if not bool(impossible.any()):
         return
-    for start in range(0, ids.shape[0], rows := max(1, (1 << 20) // ids.shape[1])):
+    for start in range(0, ids.shape[0], rows := max(1, (1 << 20) // max(1, ids[0].numel()))):
         hits = impossible[ids[start : start + rows].to(torch.int64)].nonzero()
         if hits.shape[0]:
-            row, column = start + int(hits[0, 0]), int(hits[0, 1])
+            place = (start + int(hits[0, 0]), *hits[0, 1:].tolist())
+            where = f"row {place[0]}, column {place[1]}" if len(place) == 2 else f"kept position {place[0]}"
             raise ValueError(
-                f"negatives must have positive probability under log_q, got item {int(ids[row, column])} "
-                f"at row {row}, column {column}"
+                f"{name} must have positive probability under log_q, got item {int(ids[place])} at {where}"
             )
 
 
@@ -279,9 +447,9 @@ def _check_counter_word(name: str, value: int | Tensor, low: int, high: int) -> 
         raise ValueError(f"{name} must be an int in [{low}, {high}] or a 0-d int64 tensor, got {value!r}")
 
 
-def _check_choice(name: str, value: str, choices: object) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _check_device(name: str, tensor: Tensor | None, device: torch.device) -> None:

@@ -1,23 +1,33 @@
-"""The front door of CCE-, and the autograd function that joins the forward and backward of a path.
+"""The front door of CCE-: checks, the choice of a path, and the reduction of what the operator returns.
 
 Letters: B batch, T time, D width, V items, K negatives, N kept positions, M positions as given.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from kernels.cce_minus.arguments import Correction, LossRows, Reduction, Sharing, prepare_draws, prepare_loss
-from kernels.cce_minus.negatives import GivenNegatives
+from kernels.cce_minus.arguments import (
+    Correction,
+    LossInputs,
+    Reduction,
+    Sharing,
+    list_rows,
+    prepare_draws,
+    prepare_loss,
+)
+from kernels.cce_minus.operators import cce_minus_forward
 from kernels.cce_minus.proposals import Proposal
 from kernels.cce_minus.reference import cce_minus_reference
-from kernels.cce_minus.torch_chunked import Forward, chunked_backward, chunked_forward
 
 Implementation = Literal["auto", "reference", "torch", "triton"]
+IMPLEMENTATIONS = get_args(Implementation)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def cce_minus_loss(
@@ -90,10 +100,9 @@ def cce_minus_loss(
     Source: arXiv 2509.09682; "improved_logq" after arXiv 2507.09331. Departures from the authors' release: rejected
         draws leave the denominator and the count K, padded targets leave the mean, gradients are summed in 32 bits.
     """
-    if impl not in get_args(Implementation):
-        raise ValueError(f"impl must be one of {', '.join(map(repr, get_args(Implementation)))}, got {impl!r}")
-    if impl == "triton":
-        raise ValueError("impl='triton' is not available yet: use 'auto', 'torch' or 'reference'")
+    _refuse_functorch(hidden, item_embeddings, targets, weight)
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
     if deterministic is not None and not isinstance(deterministic, bool):
         raise ValueError(f"deterministic must be None, True or False, got {deterministic!r}")
     choices: dict[str, Any] = {
@@ -112,16 +121,31 @@ def cce_minus_loss(
     }
     if impl == "reference":
         return cce_minus_reference(hidden, item_embeddings, targets, **choices, return_lse=return_lse)
-    rows = prepare_loss(hidden, item_embeddings, targets, **choices)
+    inputs = prepare_loss(hidden, item_embeddings, targets, **choices)
+    impl = _choose(impl, inputs)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    with torch.autocast(hidden.device.type, enabled=False):
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        loss, lse = _ChunkedLoss.apply(flat, item_embeddings, rows, deterministic)
-        result = _reduce(loss, rows, weight, targets.shape, reduction)
-        if return_lse:
-            return result, rows.scatter(lse, targets.numel()).view(targets.shape)
-        return result
+    loss, lse, _, _, _ = cce_minus_forward(
+        inputs.hidden,
+        inputs.table,
+        inputs.targets,
+        inputs.negatives,
+        inputs.stream,
+        inputs.log_q,
+        inputs.threshold,
+        inputs.alias,
+        inputs.n_columns,
+        inputs.sharing,
+        inputs.tile_size,
+        inputs.correction,
+        inputs.ignore_index,
+        inputs.autocast,
+        impl,
+        torch.is_grad_enabled() and inputs.hidden.requires_grad,
+        deterministic,
+    )
+    result = _reduce(loss.view(targets.shape), targets != ignore_index, weight, reduction)
+    return (result, lse.view(targets.shape)) if return_lse else result
 
 
 def cce_minus_negatives(
@@ -160,7 +184,7 @@ def cce_minus_negatives(
     Raises:
         ValueError: As `cce_minus_loss`.
     """
-    rows = prepare_draws(
+    choices = prepare_draws(
         targets,
         n_items,
         n_negatives=n_negatives,
@@ -173,6 +197,7 @@ def cce_minus_negatives(
         correction="logq",
         ignore_index=ignore_index,
     )
+    rows = list_rows(choices)
     ids = rows.negatives.block(0, rows.negatives.n_rows, 0, n_negatives).to(torch.int64)
     row_of_position = torch.arange(rows.n, device=ids.device) // rows.group
     if rows.index is not None:
@@ -180,55 +205,47 @@ def cce_minus_negatives(
     return ids, row_of_position
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Losses and log-sum-exps (N,) of the kept positions, in the order of `rows`."""
+def _choose(impl: Implementation, inputs: LossInputs) -> Literal["torch", "triton"]:
+    """The path that "auto" stands for; refuses "triton" where it cannot run."""
+    device, has_double = inputs.hidden.device, torch.float64 in (inputs.hidden.dtype, inputs.table.dtype)
+    if impl == "torch":
+        return "torch"
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and HAS_TRITON and not has_double else "torch"
+    if not HAS_TRITON:
+        raise ValueError("impl='triton' needs the package triton, which is not installed: use 'auto' or 'torch'")
+    if has_double:
+        raise ValueError("impl='triton' computes in float32, got float64: use 'torch' or 'reference'")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"impl='triton' takes CUDA tensors, and CPU tensors only where TRITON_INTERPRET=1 is set, got {device.type}"
+        )
+    return "triton"
 
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, hidden: Tensor, table: Tensor, rows: LossRows, deterministic: bool
-    ) -> tuple[Tensor, Tensor]:
-        out = chunked_forward(hidden, table, rows)
-        # Targets and given ids are read again through `rows`; saved, they are watched for changes in place.
-        watched = [rows.targets]
-        if isinstance(rows.negatives, GivenNegatives):
-            watched.append(rows.negatives.ids)
-        ctx.save_for_backward(hidden, table, out.lse, out.gap, out.log_scale, *watched)
-        ctx.rows, ctx.deterministic = rows, deterministic  # type: ignore[attr-defined]
-        return out.loss, out.lse
 
-    @staticmethod
-    def backward(ctx: Any, d_loss: Tensor, d_lse: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        # once_differentiable would return constants here, and a gradient penalty would lose its term in silence
-        if torch.is_grad_enabled():
-            raise RuntimeError("cce_minus_loss can be differentiated once: for create_graph=True use impl='reference'")
-        hidden, table, lse, gap, log_scale, *_ = ctx.saved_tensors
-        with torch.autocast(hidden.device.type, enabled=False):
-            d_hidden, d_table = chunked_backward(
-                d_loss,
-                d_lse,
-                hidden,
-                table,
-                ctx.rows,
-                Forward(loss=gap, lse=lse, gap=gap, log_scale=log_scale),
-                needs_hidden=ctx.needs_input_grad[0],
-                needs_table=ctx.needs_input_grad[1],
-                deterministic=ctx.deterministic,
+def _refuse_functorch(*tensors: Tensor | None) -> None:
+    """One line in place of what the transforms of torch.func would say deep inside, or not say at all."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise RuntimeError(
+                "cce_minus_loss does not run under torch.func (grad, vmap, ...): use torch.autograd.grad"
             )
-        return d_hidden, d_table, None, None
 
 
-def _reduce(loss: Tensor, rows: LossRows, weight: Tensor | None, shape: torch.Size, reduction: Reduction) -> Tensor:
-    """Weigh and reduce (N,) losses; the weights stay in autograd's hands."""
-    kept_weight = None if weight is None else rows.select(weight.reshape(-1)).to(loss.dtype)
-    if kept_weight is not None:
-        loss = kept_weight * loss
+def _reduce(loss: Tensor, keep: Tensor, weight: Tensor | None, reduction: Reduction) -> Tensor:
+    """Weigh and reduce losses that are 0 where a position is not kept; the weights stay in autograd's hands."""
+    if weight is not None:
+        weight = torch.where(keep, weight, 0.0).to(loss.dtype)  # whatever stands at ignored positions, NaN included
+        loss = weight * loss
     match reduction:
         case "none":
-            return rows.scatter(loss, shape.numel()).view(shape)
+            return loss
         case "sum":
             return loss.sum()
         case "mean":
-            total = loss.new_tensor(rows.n) if kept_weight is None else kept_weight.sum()
+            total = keep.sum().to(loss.dtype) if weight is None else weight.sum()
             # a mean over no weight is 0, connected to the graph, and never 0 / 0
             return torch.where(total == 0, loss.sum() * 0.0, loss.sum() / torch.where(total == 0, 1.0, total))
     raise AssertionError(reduction)

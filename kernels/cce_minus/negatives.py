@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.cce_minus.philox import PhiloxStream, row_blocks, scale_words
-from kernels.cce_minus.proposals import Proposal
+from kernels.cce_minus.proposals import draw_from_alias_table
 
 
 class Negatives(Protocol):
@@ -40,7 +40,7 @@ class DrawnNegatives:
         n_rows: Number of rows.
         n_columns: Number of negatives K; it may exceed V.
         n_items: Catalogue size V.
-        proposal: None for uniform draws.
+        alias_table: Thresholds and aliases (V,) of a `Proposal`; two None for uniform draws.
         device: Where ids are computed.
     """
 
@@ -48,7 +48,7 @@ class DrawnNegatives:
     n_rows: int
     n_columns: int
     n_items: int
-    proposal: Proposal | None
+    alias_table: tuple[Tensor | None, Tensor | None]
     device: torch.device
 
     def block(self, first_row: int, n_rows: int, first_column: int, n_columns: int) -> Tensor:
@@ -59,11 +59,11 @@ class DrawnNegatives:
             height = min(starts.step, n_rows - start)
             where = (first_row + start, height, first_column, n_columns)
             words = self.stream.words(*where, coin=False, device=self.device)
-            if self.proposal is None:
-                drawn = scale_words(words, self.n_items)
-            else:
+            drawn = scale_words(words, self.n_items)
+            threshold, alias = self.alias_table
+            if threshold is not None and alias is not None:
                 coins = self.stream.words(*where, coin=True, device=self.device)
-                drawn = self.proposal.draw(words, coins)
+                drawn = draw_from_alias_table(drawn, coins, threshold, alias)
             ids[start : start + height] = drawn.view(height, -1)[:, :n_columns]
         return ids
 

@@ -84,6 +84,11 @@ class PhiloxStream:
         """
         return cls(key=(seed & MASK, (seed >> 32) & MASK), step=(step & MASK, ((step >> 32) ^ rank) & MASK))
 
+    @classmethod
+    def of_words(cls, seed: Word, step_low: Word, step_high: Word) -> PhiloxStream:
+        """The stream of words that were split already: the seed as int64, the others in [0, 2^32)."""
+        return cls(key=(seed & MASK, (seed >> 32) & MASK), step=(step_low, step_high))
+
     def words(
         self, first_row: int, n_rows: int, first_column: int, n_columns: int, *, coin: bool, device: torch.device
     ) -> Tensor:

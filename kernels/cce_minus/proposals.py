@@ -141,12 +141,16 @@ class Proposal:
         Returns:
             int32 ids in [0, V), the same shape.
         """
-        slots = scale_words(slot_words, self.n_items)
-        keep = coin_words < (self.threshold[slots].to(torch.int64) & MASK)
-        return torch.where(keep, slots.to(torch.int32), self.alias[slots])
+        return draw_from_alias_table(scale_words(slot_words, self.n_items), coin_words, self.threshold, self.alias)
 
     def __repr__(self) -> str:
         return f"Proposal(n_items={self.n_items}, device='{self.device}')"
+
+
+def draw_from_alias_table(slots: Tensor, coin_words: Tensor, threshold: Tensor, alias: Tensor) -> Tensor:
+    """The slot itself where the coin is below its threshold, its alias elsewhere; int32 of the shape of `slots`."""
+    keep = coin_words < (threshold[slots].to(torch.int64) & MASK)
+    return torch.where(keep, slots.to(torch.int32), alias[slots])
 
 
 def _integer_mass(q: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.cce_minus.arguments import Correction, LossRows, Reduction, Sharing, prepare_loss
+from kernels.cce_minus.arguments import Correction, LossRows, Reduction, Sharing, list_rows, prepare_loss
 from kernels.cce_minus.proposals import Proposal
 
 
@@ -38,13 +38,14 @@ def cce_minus_reference(
     """Sampled softmax cross-entropy with importance-corrected negatives.
 
     loss = log(exp(z+) + sum over k with n_k != y of exp(z_k + a_k)) - z+, with
-    a_k = -log((K - r) q_k / (1 - q_y)), r being the number of negatives that equal y.
+    a_k = -log((K - r) q_k / (1 - q_y)), r being the number of negatives that equal y. "classic_logq" keeps those
+    negatives, and takes a = -log(K q) for negatives and the positive alike.
 
     Arguments, results and errors are those of `cce_minus_loss`, less the choice of an implementation.
 
     Source: arXiv 2509.09682, with r taken out of the count of draws where its release leaves it in.
     """
-    rows = prepare_loss(
+    inputs = prepare_loss(
         hidden,
         item_embeddings,
         targets,
@@ -61,10 +62,11 @@ def cce_minus_reference(
         ignore_index=ignore_index,
         reduction=reduction,
     )
+    rows = list_rows(inputs)
     with torch.autocast(hidden.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, item_embeddings.dtype), torch.float32)
         table = item_embeddings.to(dtype)
-        e = rows.select(hidden.reshape(-1, hidden.shape[-1])).to(dtype)
+        e = rows.select(inputs.hidden).to(dtype)
         loss, lse = _rows_loss(e, table, rows)
         w = torch.ones_like(loss) if weight is None else rows.select(weight.reshape(-1)).to(dtype)
         if reduction == "none":
@@ -85,7 +87,7 @@ def _rows_loss(e: Tensor, table: Tensor, rows: LossRows) -> tuple[Tensor, Tensor
     ids = rows.negatives.block(0, rows.negatives.n_rows, 0, n_columns)[row_of_position].to(torch.int64)  # (N, K)
     positive = (e * table[rows.targets]).sum(-1)
     logits = (e[:, None, :] * table[ids]).sum(-1)
-    kept = ids != rows.targets[:, None]
+    kept = torch.ones_like(ids, dtype=torch.bool) if rows.keeps_collisions else ids != rows.targets[:, None]
     n_kept = kept.sum(-1)
 
     if rows.correction != "none":
@@ -93,8 +95,13 @@ def _rows_loss(e: Tensor, table: Tensor, rows: LossRows) -> tuple[Tensor, Tensor
         if log_q is None:
             log_q = torch.full((rows.n_items,), -math.log(rows.n_items), dtype=torch.float64)
         log_q = log_q.to(e)  # dtype and device
-        log_rest = torch.log1p(-log_q.exp())[rows.targets]  # log(1 - q_y)
-        logits = logits - log_q[ids] + (log_rest - n_kept.to(e).log())[:, None]
+        log_k = n_kept.to(e).log()
+        if rows.keeps_collisions:
+            logits = logits - log_q[ids] - log_k[:, None]
+            positive = positive - log_q[rows.targets] - log_k
+        else:
+            log_rest = torch.log1p(-log_q.exp())[rows.targets]  # log(1 - q_y)
+            logits = logits - log_q[ids] + (log_rest - log_k)[:, None]
 
     # Rows without negatives are computed from zeros and then dropped: where() alone would let NaN gradients pass.
     alive = n_kept > 0

@@ -2,15 +2,16 @@
 
 For a position with target y, logits z, kept negatives k (those that differ from y) and r rejected ones,
 
-    a_k  = -log q_k + log(1 - q_y) - log(K - r)        "logq" and "improved_logq"; 0 for "none"
-    neg  = log sum_k exp(z_k + a_k)
-    lse  = log(exp(z+) + exp(neg))
-    loss = lse - z+ = log(1 + exp(neg - z+))
+    a_k    = -log q_k + log(1 - q_y) - log(K - r)        "logq" and "improved_logq"; 0 for "none"
+    neg    = log sum_k exp(z_k + a_k)
+    margin = neg - z+
+    loss   = log(1 + exp(margin)),   lse = z+ + loss
 
 The part of a_k that is one number for the row, `log_scale`, is added to `neg` once all columns have been seen,
-because r is known only then. With upstream gradients g of the loss and h of the lse,
+because r is known only then. "classic_logq" rejects nothing, takes a_k = -log q_k - log K and adds a = -log q_y - log K
+to z+ as well. With upstream gradients g of the loss and h of the lse,
 
-    p_k = exp(z_k + a_k - lse),   p+ = exp(z+ - lse),   p+ - 1 = expm1(-loss)
+    p_k = exp(z_k - log q_k - shift),   shift = lse - log_scale,   p+ = sigmoid(-margin),   p+ - 1 = -sigmoid(margin)
     d_e   = sum_k (g + h) p_k c_k + (g (p+ - 1) + h p+) c_y
     d_C_j = the same weights times e, summed over all places where item j occurs
 
@@ -59,14 +60,14 @@ class Forward(NamedTuple):
     Args:
         loss: Reported value.
         lse: Log of the estimated denominator.
-        gap: lse - z+, which is the loss but for "improved_logq". Taken before the large terms cancel.
-        log_scale: The part of the correction that is one number per row.
+        margin: Log of the negatives' part of it, less the positive logit. Taken before large terms cancel.
+        shift: What is subtracted from z_k - log q_k for the logarithm of a softmax weight.
     """
 
     loss: Tensor
     lse: Tensor
-    gap: Tensor
-    log_scale: Tensor
+    margin: Tensor
+    shift: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,9 @@ def chunked_forward(hidden: Tensor, table: Tensor, rows: LossRows) -> Forward:
         here = slice(block.start, block.stop)
         e = rows.select(hidden, block.start, block.stop).to(dtype)
         targets = rows.targets[here]
-        positive = torch.linalg.vecdot(e, table.index_select(0, targets).to(dtype))
+        positive = torch.linalg.vecdot(e, table.index_select(0, targets).to(dtype)) + _positive_shift(
+            rows, targets, dtype
+        )
         negative = torch.full_like(positive, -math.inf)
         n_kept = torch.zeros_like(targets)
         for first in range(0, rows.negatives.n_columns, columns):
@@ -114,11 +117,12 @@ def chunked_forward(hidden: Tensor, table: Tensor, rows: LossRows) -> Forward:
             negative = torch.logaddexp(negative, torch.logsumexp(logits, -1))
         log_scale = _log_scale(rows, targets, n_kept, dtype)
         negative += log_scale
-        gap = torch.logaddexp(negative - positive, torch.zeros_like(positive))
-        out.lse[here], out.gap[here], out.log_scale[here] = positive + gap, gap, log_scale
+        margin = negative - positive
+        gap = torch.logaddexp(margin, torch.zeros_like(margin))
+        out.lse[here], out.margin[here], out.shift[here] = positive + gap, margin, positive + gap - log_scale
         if rows.correction == "improved_logq":
-            # 1 - exp(z+) / Zhat = -expm1(-gap); at neg = -inf this is 0 times infinity, and means 0
-            out.loss[here] = torch.where(negative > -math.inf, -torch.expm1(-gap) * (negative - positive), 0.0)
+            # 1 - exp(z+) / Zhat = sigmoid(margin); at neg = -inf this is 0 times infinity, and means 0
+            out.loss[here] = torch.where(negative > -math.inf, torch.sigmoid(margin) * margin, 0.0)
         else:
             out.loss[here] = gap
     return out
@@ -157,8 +161,7 @@ def chunked_backward(
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
     d_table = torch.zeros(table.shape, dtype=dtype, device=table.device) if needs_table else None
     d_negative = d_loss + d_lse
-    d_positive = d_loss * torch.expm1(-saved.gap) + d_lse * torch.exp(-saved.gap)
-    shift = saved.lse - saved.log_scale
+    d_positive = d_lse * torch.sigmoid(-saved.margin) - d_loss * torch.sigmoid(saved.margin)
     table_dtype, table = table.dtype, _usable_table(table, rows, dtype)
     row_blocks, columns = _plan(table, rows, dtype)
     for block in row_blocks:
@@ -172,7 +175,7 @@ def chunked_backward(
             ids = _read_ids(rows, block, first, columns)
             candidates = _candidates(table, ids, rows, first, dtype)
             logits, _ = _masked_logits(candidates, e, ids, targets, rows)
-            weights = logits.sub_(shift[here, None]).exp_().mul_(d_negative[here, None])
+            weights = logits.sub_(saved.shift[here, None]).exp_().mul_(d_negative[here, None])
             if d_e is not None:
                 d_e += candidates.weighted_sum(weights)
             if d_table is not None:
@@ -255,6 +258,8 @@ def _masked_logits(
     grouped = logits.view(ids.shape[0], -1, ids.shape[1])
     if rows.log_q is not None and rows.correction != "none":
         grouped.sub_(rows.log_q.index_select(0, ids.view(-1)).to(logits.dtype).view(-1, 1, ids.shape[1]))
+    if rows.keeps_collisions:
+        return logits, logits.new_empty(0, dtype=torch.int64)
     # Collisions are rare: to list them is cheaper than to fill and to sum by a mask of the size of the logits.
     rejected = ids[:, None, :] == targets.to(torch.int32).view(ids.shape[0], -1, 1)
     row, column = rejected.view_as(logits).nonzero(as_tuple=True)
@@ -267,9 +272,21 @@ def _log_scale(rows: LossRows, targets: Tensor, n_kept: Tensor, dtype: torch.dty
     if rows.correction == "none":
         return torch.zeros(n_kept.shape, dtype=dtype, device=n_kept.device)
     scale = -n_kept.to(dtype).log()
+    if rows.keeps_collisions:
+        return scale + (math.log(rows.n_items) if rows.log_q is None else 0.0)
     if rows.log_q is None:
         scale += math.log(rows.n_items - 1)  # -log q + log(1 - q) for q = 1 / V
     else:
         q_target = rows.log_q.index_select(0, targets).to(dtype).exp()
         scale += torch.log1p(-q_target)
     return torch.where(n_kept > 0, scale, 0.0)
+
+
+def _positive_shift(rows: LossRows, targets: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """What "classic_logq" adds to the positive logit, -log(K q_y); 0 for the others."""
+    if not rows.keeps_collisions:
+        return 0.0
+    log_k = math.log(rows.negatives.n_columns)
+    if rows.log_q is None:
+        return math.log(rows.n_items) - log_k
+    return -rows.log_q.index_select(0, targets).to(dtype) - log_k

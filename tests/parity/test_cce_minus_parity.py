@@ -18,7 +18,8 @@ from kernels.cce_minus import (
 )
 
 SHARINGS = ("position", "tile", "batch")
-CORRECTIONS = ("logq", "none", "improved_logq")
+CORRECTIONS = ("logq", "none", "improved_logq", "classic_logq")
+REJECTING = CORRECTIONS[:3]
 REDUCTIONS = ("mean", "sum", "none")
 TILE = 4
 # float64 sums of a few dozen terms near 1, in another order
@@ -36,11 +37,13 @@ def oracle(hidden, table, targets, ids, *, q, correction, weight=None, reduction
             lses.append(hidden.new_zeros(()))
             continue
         e = hidden.reshape(-1, hidden.shape[-1])[place]
-        negatives = [n for n in ids[kept].tolist() if n != y]
+        classic = correction == "classic_logq"
+        negatives = [n for n in ids[kept].tolist() if classic or n != y]
         kept += 1
-        positive = e @ table[y]
+        positive = e @ table[y] - (torch.log(len(negatives) * q[y]) if classic else 0.0)
+        rest = 1.0 if classic else 1 - q[y]
         terms = [
-            torch.exp(e @ table[n]) * (1.0 if correction == "none" else (1 - q[y]) / (len(negatives) * q[n]))
+            torch.exp(e @ table[n]) * (1.0 if correction == "none" else rest / (len(negatives) * q[n]))
             for n in negatives
         ]
         z_hat = torch.exp(positive) + sum(terms)
@@ -152,7 +155,10 @@ def test_given_negatives(impl, sharing, correction, reduction, skewed):
 @pytest.mark.parametrize("alias", [False, True], ids=["uniform", "popularity"])
 def test_seeded_negatives(impl, sharing, correction, alias):
     hidden, table, targets, weight = problem(n_items=9, width=7)
-    proposal = Proposal.popularity(torch.tensor([9, 1, 5, 2, 0, 7, 1, 3, 3]), 0.75) if alias else None
+    unseen = int(
+        correction == "classic_logq"
+    )  # which corrects the positive too, and refuses a target of zero probability
+    proposal = Proposal.popularity(torch.tensor([9, 1, 5, 2, unseen, 7, 1, 3, 3]), 0.75) if alias else None
     draw = {"n_negatives": 10, "seed": 3, "step": 2, "rank": 1, "sharing": sharing, "tile_size": TILE}
     ours = cce_minus_loss(
         hidden,
@@ -199,7 +205,7 @@ def test_odd_shapes(impl, sharing, n_items, width, k, shape):
     assert_same_with_gradients(ours, truth, (hidden, table), **EXACT)
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", REJECTING)
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_fully_rejected_rows_cost_nothing(impl, sharing, correction):
     hidden, table, _, _ = problem(n_items=4, shape=(6,), padding=False)

@@ -44,7 +44,10 @@ def call(**changes):
         ({"weight": torch.zeros(2, 3, dtype=torch.int64)}, "got int64"),
         ({"sharing": "sequence"}, "sharing must be one of 'position', 'tile', 'batch', got 'sequence'"),
         ({"tile_size": 0}, "tile_size must be an int of at least 1, got 0"),
-        ({"correction": "logQ"}, "correction must be one of 'logq', 'none', 'improved_logq', got 'logQ'"),
+        (
+            {"correction": "logQ"},
+            "correction must be one of 'logq', 'none', 'improved_logq', 'classic_logq', got 'logQ'",
+        ),
         ({"reduction": "avg"}, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
         ({"seed": 1.5}, "seed must be an int"),
         ({"seed": 2**63}, "got 9223372036854775808"),
@@ -85,11 +88,19 @@ def test_bad_arguments_end_in_one_line(changes, words, impl):
     ("changes", "words"),
     [
         ({"impl": "cuda"}, "impl must be one of 'auto', 'reference', 'torch', 'triton', got 'cuda'"),
-        ({"impl": "triton"}, "impl='triton' is not available yet: use 'auto', 'torch' or 'reference'"),
+        (
+            {"impl": "triton"},
+            "impl='triton' takes CUDA tensors, and CPU tensors only where TRITON_INTERPRET=1 is set, got cpu",
+        ),
+        (
+            {"impl": "triton", "hidden": torch.zeros(5, D, dtype=torch.float64)},
+            "impl='triton' computes in float32, got float64: use 'torch' or 'reference'",
+        ),
         ({"deterministic": 1}, "deterministic must be None, True or False, got 1"),
     ],
 )
-def test_an_unknown_path_ends_in_one_line(changes, words):
+def test_a_path_that_cannot_run_ends_in_one_line(changes, words, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the words are compared below, literally
         call(**changes)
     assert str(error.value) == words
@@ -120,6 +131,15 @@ def test_a_bad_correction_of_given_negatives_ends_in_one_line(log_q, words):
 def test_impossible_negatives_need_no_probability_without_a_correction():
     log_q = torch.tensor([0.5, 0.5, 0, 0, 0, 0]).log()
     assert call(negatives=torch.full((5, 2), 5), log_q=log_q, correction="none") > 0
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_target_of_zero_probability_cannot_be_corrected(impl):
+    proposal = Proposal.from_probabilities(torch.tensor([1.0, 1, 1, 0, 1, 1]))
+    words = "targets must have positive probability under log_q, got item 3 at kept position 3"
+    with pytest.raises(ValueError, match=words):
+        call(log_q=proposal, correction="classic_logq", impl=impl)
+    assert bool(call(log_q=proposal, impl=impl).isfinite())
 
 
 def test_the_normalisation_of_a_correction_is_checked_to_1e_4():

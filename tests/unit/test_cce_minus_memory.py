@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.cce_minus import Proposal, candidate_rows, cce_minus_loss, torch_chunked
+from kernels.cce_minus import Proposal, candidate_rows, cce_minus_loss, operators, torch_chunked
+
+OPERATORS = {
+    torch.ops.seqlit.cce_minus_forward.default: operators.cce_minus_forward._init_fn,
+    torch.ops.seqlit.cce_minus_backward.default: operators.cce_minus_backward._init_fn,
+}
 
 
 class LargestTensor(TorchDispatchMode):
@@ -19,6 +24,9 @@ class LargestTensor(TorchDispatchMode):
         self.elements, self.bytes, self.where = 0, 0, None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in OPERATORS:
+            with self:  # a custom operator hides what it calls
+                return OPERATORS[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
@@ -108,6 +116,9 @@ class PeakBytes(TorchDispatchMode):
         self.known.discard(key)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in OPERATORS:
+            with self:  # a custom operator hides what it calls
+                return OPERATORS[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:

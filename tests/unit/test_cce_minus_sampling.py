@@ -95,7 +95,8 @@ def test_alias_draws_use_the_coin_domain():
 
 @pytest.mark.parametrize("proposal", [None, Proposal.log_uniform(97)], ids=["uniform", "alias"])
 def test_any_block_draws_its_part_of_the_whole(proposal):
-    source = DrawnNegatives(PhiloxStream.of(5, 1, 0), 300, 1030, 97, proposal, torch.device("cpu"))
+    alias_table = (None, None) if proposal is None else (proposal.threshold, proposal.alias)
+    source = DrawnNegatives(PhiloxStream.of(5, 1, 0), 300, 1030, 97, alias_table, torch.device("cpu"))
     whole = source.block(0, 300, 0, 1030)
     for row, n_rows, column, n_columns in [(0, 1, 0, 1), (7, 200, 8, 3), (299, 1, 1028, 2), (150, 150, 512, 518)]:
         block = source.block(row, n_rows, column, n_columns)
