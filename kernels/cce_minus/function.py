@@ -60,7 +60,8 @@ def cce_minus_loss(
 
     Zhat is an unbiased estimate of the full denominator, so the loss has the scale of the full cross-entropy.
     Negatives that equal the target are rejected, not redrawn; a position left without negatives has loss 0 and no
-    gradient. 16- and 32-bit inputs are computed in float32, float64 in float64; autocast has no say inside.
+    gradient. 16- and 32-bit inputs are computed in float32, float64 in float64. Autocast is heeded where it buys speed:
+    on the Triton path operands of matrix products (shared negatives) are rounded to its dtype as they are read.
 
     Args:
         hidden: (..., D) floating point, usually (B, T, D).
@@ -79,7 +80,9 @@ def cce_minus_loss(
         log_q: What negatives are drawn from: None is uniform, or a `Proposal`. With given negatives also a (V,) tensor
             of log-probabilities, normalised to 1e-4, for the correction alone.
         correction: "logq" as above; "none" leaves the sampled terms unweighted (a loss near log(K + 1) at the start);
-            "improved_logq" reports sg(1 - exp(z+) / Zhat) (log(Zhat - exp(z+)) - z+), with the gradient of "logq".
+            "improved_logq" reports sg(1 - exp(z+) / Zhat) (log(Zhat - exp(z+)) - z+), with the gradient of "logq";
+            "classic_logq", as other toolkits have it, rejects nothing and subtracts log(K q) from the positive logit as
+            well.
         weight: Weight of each position, floating point of the shape of `targets`; the mean is sum(w loss) / sum(w).
             It is differentiable too.
         ignore_index: Target value of positions to leave out.
@@ -87,15 +90,19 @@ def cce_minus_loss(
             nothing, or under weights that sum to 0, is 0 with zero gradients.
         return_lse: Return also log Zhat, unweighted and differentiable, in the shape of `targets` with 0 at ignored
             positions.
-        impl: "torch" computes in chunks, "reference" materialises everything, "auto" chooses "torch".
+        impl: "triton" computes in fused kernels, "torch" in chunks, "reference" materialises everything. "auto" chooses
+            "triton" for CUDA tensors that are not float64, else "torch", and says so once at debug level. "triton"
+            itself takes CPU tensors only where TRITON_INTERPRET=1 is set, and never falls back.
         deterministic: Whether gradients must be equal bit for bit from run to run. On CPU they always are. None
-            follows `torch.use_deterministic_algorithms`.
+            follows `torch.use_deterministic_algorithms`. On CUDA it costs time, and a fixed amount of memory.
 
     Returns:
         The loss in float32 (float64 for float64 inputs), or the pair (loss, lse).
 
     Raises:
-        ValueError: When a shape, dtype, device, range or name is not one of those above.
+        ValueError: When a shape, dtype, device, range or name is not one of those above. With drawn negatives on CUDA
+            nothing is read on the host, so a target outside [0, V) ends in a device-side assertion instead.
+        RuntimeError: For a second derivative, and under the transforms of `torch.func`.
 
     Source: arXiv 2509.09682; "improved_logq" after arXiv 2507.09331. Departures from the authors' release: rejected
         draws leave the denominator and the count K, padded targets leave the mean, gradients are summed in 32 bits.

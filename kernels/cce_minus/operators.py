@@ -59,7 +59,8 @@ def cce_minus_forward(
         n_columns, sharing, tile_size, correction, ignore_index, autocast,
     )  # fmt: skip
     _announce(impl, str(hidden.device))
-    with torch.autocast(hidden.device.type, enabled=False):
+    # Triton starts kernels on the current device, which need not be that of the tensors
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         if impl == "triton":
             from kernels.cce_minus.triton_path import triton_forward
 
@@ -130,7 +131,7 @@ def cce_minus_backward(
         n_columns, sharing, tile_size, correction, ignore_index, autocast,
     )  # fmt: skip
     wanted = {"needs_hidden": needs_hidden, "needs_table": needs_table, "deterministic": deterministic}
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         if impl == "triton":
             from kernels.cce_minus.triton_path import Saved, triton_backward
 

@@ -535,7 +535,7 @@ def _dot_constants(dot: torch.dtype, arch: str) -> dict[str, Any]:
 
 def _tf32_allowed() -> bool:
     """Whether torch may round the operands of fp32 matrix products to tf32."""
-    return torch.get_float32_matmul_precision() != "highest"
+    return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
 
 
 def _triton_dtype(dtype: torch.dtype) -> Any:

@@ -20,11 +20,13 @@ class CCEMinusLoss(nn.Module):
             ``tile_size``, ``"batch"`` all.
         tile_size: Positions a tile, with ``sharing="tile"``.
         correction: Importance weight of a negative: ``"logq"`` (unbiased denominator), ``"none"``,
-            ``"improved_logq"``.
+            ``"improved_logq"``, ``"classic_logq"``; see :func:`kernels.cce_minus.cce_minus_loss`.
         popularity_alpha: Negatives are drawn with probability proportional to count^alpha over the training
             interactions; 0 is uniform, as published.
         seed: Seed of the draws. With the step and the rank it fixes every id, so a resumed run draws the same.
-        impl: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``, see :func:`kernels.cce_minus.cce_minus_loss`.
+        impl: ``"auto"`` takes the Triton kernels on a GPU and chunks of PyTorch elsewhere; ``"reference"``, ``"torch"``
+        or
+            ``"triton"`` insist on one.
 
     Raises:
         ValueError: If a size is below 1, or alpha is negative or given together with ``n_negatives="all"``.

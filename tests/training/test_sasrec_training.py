@@ -132,6 +132,25 @@ def test_bf16_autocast_trains_with_an_fp32_loss():
         assert model.loss(hidden, model.encoder.item_embeddings, batch["targets"]).dtype == torch.float32
 
 
+@pytest.mark.parametrize("sharing", ["position", "tile"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_by_the_kernels_is_training_by_chunks(sharing, precision):
+    """The same ids and sums on both paths, here in Triton's interpreter: weights part only by rounding."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled, not interpreted, where there is a GPU")
+    weights = []
+    for impl in ("torch", "triton"):
+        loss = CCEMinusLoss(16, sharing=sharing, tile_size=32, impl=impl)
+        # Adam would divide rounding errors by themselves where a gradient is zero
+        model = module(loss, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        Trainer(max_epochs=1, precision=precision, **QUIET).fit(model, batches(3))
+        weights.append(model.encoder.item_table.weight.detach())
+    start = module().encoder.item_table.weight.detach()
+    tolerance = 1e-5 if precision == "32-true" else 2e-2
+    assert (weights[0] - weights[1]).norm() < tolerance * (weights[0] - start).norm()
+
+
 def test_learns_what_a_planted_chain_leaves_to_learn(tmp_path):
     """On a first-order Markov chain the oracle that knows the transitions is the ceiling; get most of the way there."""
     frame = markov_interactions(n_users=1500, n_items=30, seed=5)

@@ -9,7 +9,7 @@ from scipy import stats
 
 from kernels.cce_minus import Proposal, cce_minus_loss, cce_minus_negatives
 from kernels.cce_minus.negatives import DrawnNegatives
-from kernels.cce_minus.philox import PhiloxStream, philox4x32
+from kernels.cce_minus.philox import MASK, PhiloxStream, philox4x32, scale_words
 
 MASK = 0xFFFFFFFF
 
@@ -152,6 +152,11 @@ def test_first_and_last_id_are_reached(n_items, alias):
     ids, _ = cce_minus_negatives(torch.zeros(100, dtype=torch.int64), n_items, n_negatives=500, seed=2, log_q=proposal)
     assert ids.min() == 0
     assert ids.max() == n_items - 1
+
+
+@pytest.mark.parametrize("n_items", [3, 1000, 2**24 + 3, 2**31 - 1])
+def test_the_first_and_the_last_word_name_the_first_and_the_last_id(n_items):
+    assert scale_words(torch.tensor([0, MASK]), n_items).tolist() == [0, n_items - 1]
 
 
 def test_rows_steps_ranks_and_seeds_are_uncorrelated():
