@@ -22,10 +22,10 @@ from typing import Any
 import compile_kernels  # before torch and triton: it decides how triton is imported
 import torch
 
-from kernels.cce_minus import compile_cases, launch_settings, triton_path
+from kernels.cce_minus import compile_cases, launch_settings, triton_launches
 from kernels.cce_minus.launch_settings import TABLE, Settings
 
-WIDTHS = (16, 32, 64, 128, 256)
+WIDTHS = (16, 32, 64, 128, 256, 512)
 SMALL = 16_384  # positions below which more and smaller blocks keep the chip busy
 Candidate = tuple[int, int, int, int]  # B, C, warps, stages
 
@@ -34,22 +34,23 @@ def candidates(kernel: str, arch: str, width: int, dtype: str) -> list[Candidate
     """Settings to try, the most promising first: large blocks, then ever smaller ones."""
     if kernel.startswith("position"):
         found = []
-        for numbers in (8192, 4096, 2048):  # of the gathered block, spread over 128 threads
-            c = min(64, numbers // width)  # more would mostly be masked away where K is small
-            found.append((numbers // (c * width), c, 4, 2))
+        block = launch_settings.block_width(width)
+        for numbers in (8192, 4096, 2048, 1024):  # of the gathered block, spread over 128 threads
+            c = min(64, numbers // block)  # more would mostly be masked away where K is small
+            found.append((numbers // (c * block), c, 4, 2))
         return found
     # One warpgroup of four warps multiplies 64 rows at a time; other ratios make Triton move the sum between layouts.
     b_first = kernel == "tile_forward"
     stages = 3 if width <= 64 else 2
     if arch.startswith("gfx"):
         stages = 1
-    shapes = {
-        "bf16": [(128, 64, 8), (128, 32, 8), (128, 16, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4), (32, 32, 4),
-                 (32, 16, 4)],
-        "tf32": [(128, 32, 8), (64, 32, 4), (64, 16, 4), (32, 32, 8), (32, 32, 4), (32, 16, 4), (16, 16, 4)],
-        "fp16": [(64, 32, 4), (64, 16, 4), (32, 32, 8), (32, 32, 4), (32, 16, 4), (16, 32, 4), (16, 16, 4)],
-        "fp32": [(64, 64, 8), (64, 32, 8), (32, 32, 4), (32, 32, 8), (32, 16, 4), (16, 32, 4), (16, 16, 4)],
-    }[dtype]  # fmt: skip
+    large = [(128, 64, 8), (128, 32, 8), (128, 16, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4), (32, 32, 4), (32, 16, 4)]
+    small = [(64, 32, 4), (64, 16, 4), (32, 32, 8), (32, 32, 4), (32, 16, 4), (16, 32, 4), (16, 16, 4)]
+    shapes = {"bf16": [*large, (16, 16, 4)], "tf32": [*large[1:], (16, 16, 4)], "fp16": small, "fp32": small}[dtype]
+    if dtype == "fp32":
+        shapes = [(64, 64, 8), (64, 32, 8), *small[2:]]
+    if width > launch_settings.MAX_BLOCK_WIDTH:  # another row in flight, and another block of it
+        shapes = [shape for shape in shapes if shape[1] <= 16 or shape[0] <= 32]
     found = []
     for rows, others, warps in shapes:
         b, c = (rows, others) if b_first else (others, rows)
@@ -75,7 +76,7 @@ def builds(job: tuple[str, str, int, str, Candidate]) -> bool:
 
 def _launches(kernel: str, arch: str, width: int, dtype: str, candidate: Candidate) -> Iterator[tuple[str, Any]]:
     settings = Settings(*candidate)
-    triton_path.settings_for = lambda *_: settings  # type: ignore[assignment]
+    triton_launches.settings_for = lambda *_: settings  # type: ignore[assignment]
     inputs = compile_cases.problem(1 << 20, width, dtype, "position" if kernel.startswith("position") else "tile")
     for what, problem in (("uniform", inputs), ("alias", replace(inputs, **compile_cases.alias_table()))):
         for name, launch in compile_cases.plan_all(what, problem, arch, dtype):
@@ -106,6 +107,7 @@ def jobs(arch: str) -> list[tuple[str, str, int, str, int | None]]:
         for kernel in kernels
         for width in WIDTHS
         for dtype in dtypes(kernel, arch)
+        if width == WIDTHS[-1] or width <= launch_settings.widest_block(kernel, dtype)
         for bound in ((SMALL, None) if kernel == "tile_forward" else (None,))
     ]
 
@@ -129,7 +131,7 @@ def measured(job: tuple[str, str, int, str, int | None], rounds: int = 15) -> di
     for step in range(rounds + 2):
         for candidate, found in times.items():
             override = {kernel: Settings(*candidate)}
-            triton_path.settings_for = lambda name, *rest, o=override: o.get(name) or usual(name, *rest)
+            triton_launches.settings_for = lambda name, *rest, o=override: o.get(name) or usual(name, *rest)
             hidden.grad = table.grad = None
             start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
             start.record()
@@ -151,12 +153,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build-only", nargs="+", choices=tuple(compile_kernels.ARCHITECTURES), metavar="ARCH")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--dtypes", nargs="+", default=("bf16", "fp16", "fp32", "tf32"))
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     if not args.build_only and not torch.cuda.is_available():
         parser.error("no GPU is at hand to measure on; --build-only ARCH chooses without one")
-    archs = args.build_only or [triton_path.architecture(torch.empty(0, device="cuda"))]
-    work = [job for arch in archs for job in jobs(arch) if args.only in job[0]]
+    archs = args.build_only or [triton_launches.architecture(torch.empty(0, device="cuda"))]
+    work = [job for arch in archs for job in jobs(arch)]
+    work = [job for job in work if args.only in job[0] and job[2] in args.widths and job[3] in args.dtypes]
     table = {_key(r): r for r in json.loads(TABLE.read_text(encoding="utf-8"))} if TABLE.exists() else {}
     if args.build_only:
         with multiprocessing.get_context("spawn").Pool(args.processes) as pool:

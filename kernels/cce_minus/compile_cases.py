@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cce_minus import triton_path
+from kernels.cce_minus import triton_launches
 from kernels.cce_minus.arguments import LossInputs
 from kernels.cce_minus.launch_settings import rows_of
+from kernels.cce_minus.triton_launches import Pass
 from kernels.launch import Launch
 
 _V, _K, _TILE = 1_000_000, 1023, 128
@@ -93,33 +94,37 @@ def plan_all(name: str, inputs: LossInputs, arch: str, dtype: str) -> Iterator[t
 
 def _plan_all(name: str, inputs: LossInputs, arch: str) -> Iterator[tuple[str, Launch]]:
     m, width = inputs.hidden.shape
-    loss, lse, margin, shift, g, h = (_empty(m, dtype=torch.float32) for _ in range(6))
     shared = inputs.sharing != "position"
-    saved = triton_path.Saved(margin, shift, _empty(*((m, width) if shared else (0,)), dtype=torch.float32))
-    kept = triton_path.KeptRows(_empty(m, dtype=torch.int64), _empty(1, dtype=torch.int64))
-    d_hidden, d_table = torch.empty_like(inputs.hidden), _empty(inputs.n_items, width, dtype=torch.float32)
-    order, bounds = _empty(m, dtype=torch.int64), _empty(inputs.n_items + 1, dtype=torch.int64)
-    ids, weights = _empty(m, dtype=torch.int32), _empty(m, dtype=torch.float32)
-    plan: list[tuple[str, Launch]] = []
-    plan += [("forward", launch) for launch in triton_path.plan_forward(inputs, kept, loss, lse, saved, arch)]
-    backward = triton_path.plan_backward((g, h), inputs, kept, saved, d_hidden, d_table, arch)
-    plan += [("backward", launch) for launch in backward]
-    if shared:
-        listed = triton_path.plan_tile_table((g, h), inputs, kept, saved, None, (ids, d_table), 0, 8, arch)
-    else:
-        listed = triton_path.plan_position_backward(
-            (g, h), inputs, kept, saved, d_hidden, None, (ids, weights), (0, 64), arch
-        )
-    plan.append(("deterministic backward", listed))
-    positives = triton_path.plan_positives((g, h), inputs, kept, saved, ids, order, d_table)
-    plan.append(("positives", positives))
-    source, first = (d_table, None) if shared else (inputs.hidden, kept.index)
-    summed = triton_path.plan_sum_rows(
-        source, order, bounds, None if shared else weights, first, d_table, 0, 1 if shared else _K, source.dtype
+    floats = [_empty(m, dtype=torch.float32) for _ in range(6)]
+    longs = [_empty(m, dtype=torch.int64) for _ in range(2)]
+    work = Pass(
+        inputs=inputs,
+        arch=arch,
+        index=longs[0],
+        count=_empty(1, dtype=torch.int64),
+        margin=floats[0],
+        shift=floats[1],
+        direction=_empty(*((m, width) if shared else (0,)), dtype=torch.float32),
+        d_loss=floats[2],
+        d_lse=floats[3],
     )
-    plan.append(("deterministic sum", summed))
+    d_hidden, d_table = torch.empty_like(inputs.hidden), _empty(inputs.n_items, width, dtype=torch.float32)
+    order, ids, weights = longs[1], _empty(m, dtype=torch.int32), floats[4]
+    bounds = _empty(inputs.n_items + 1, dtype=torch.int64)
+    plan = [("forward", triton_launches.plan_forward(work, floats[4], floats[5]))]
+    plan += [("backward", launch) for launch in triton_launches.plan_backward(work, d_hidden, d_table)]
+    plan.append(("positives", triton_launches.plan_positives(work, ids, order, d_table)))
+    if shared:
+        listed = triton_launches.plan_tile_table(work, None, (ids, d_table), 0, 8)
+        summed = triton_launches.plan_sum_rows(d_table, order, bounds, d_table, dtype=torch.float32)
+    else:
+        listed = triton_launches.plan_position_backward(work, d_hidden, None, (ids, weights), 0, 64)
+        summed = triton_launches.plan_sum_rows(
+            inputs.hidden, order, bounds, d_table, dtype=work.dot, weights=weights, index=order, entries_per_row=_K
+        )
+    plan += [("deterministic backward", listed), ("deterministic sum", summed)]
     if inputs.sharing == "tile" and inputs.stream is not None:
-        plan.append(("shuffle", triton_path.plan_shuffle(inputs.stream, kept.count, order)))
+        plan.append(("shuffle", triton_launches.plan_shuffle(inputs.stream, work.count, order)))
     for what, launch in plan:
         yield f"{name}: {what}, {launch.kernel.__name__.removesuffix('_kernel')}", launch
 

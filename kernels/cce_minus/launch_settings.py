@@ -14,6 +14,8 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("launch_settings.json")
 MAX_BLOCK_WIDTH = 256
+# CUDA cores multiply fp32 from registers, which a wider block would overflow.
+MAX_FP32_PRODUCT_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,19 @@ _INTERPRETER = {
 }
 
 
-def block_width(width: int) -> int:
-    """Width of a block of D: the power of two that holds it, from 16, the least of a matrix product, up to 256."""
-    return min(MAX_BLOCK_WIDTH, max(16, 1 << (width - 1).bit_length()))
+def block_width(width: int, limit: int = MAX_BLOCK_WIDTH) -> int:
+    """Width of a block of D: the power of two that holds it, from 16, the least of a matrix product, up to a limit."""
+    return min(limit, max(16, 1 << (width - 1).bit_length()))
+
+
+def widest_block(kernel: str, dtype: str) -> int:
+    """Limit of the width of a block of a kernel that multiplies this dtype."""
+    return MAX_FP32_PRODUCT_WIDTH if kernel.startswith("tile") and dtype == "fp32" else MAX_BLOCK_WIDTH
+
+
+def settings_width(kernel: str, width: int, dtype: str) -> int:
+    """Width under which the table lists a D: that of its block, and 512 for all that take several blocks."""
+    return block_width(width) if width <= widest_block(kernel, dtype) else 2 * MAX_BLOCK_WIDTH
 
 
 def settings_for(kernel: str, arch: str, width: int, dtype: str, n_positions: int) -> Settings:
@@ -56,7 +68,7 @@ def settings_for(kernel: str, arch: str, width: int, dtype: str, n_positions: in
     """
     if arch == "interpreter":
         return _INTERPRETER[kernel]
-    rows = _rows()[_known_architecture(arch), kernel, block_width(width), dtype]
+    rows = _rows()[_known_architecture(arch), kernel, settings_width(kernel, width, dtype), dtype]
     return next(settings for bound, settings in rows if bound is None or n_positions <= bound)
 
 

@@ -80,11 +80,13 @@ def tile_forward_kernel(
         ids = tl.reshape(ids, (C,))
         inside = column + tl.arange(0, C) < n_columns
         z = tl.zeros((B, C), tl.float32)
-        c = tl.zeros((C, W), DOT)
-        for first in tl.static_range(0, D, W):
-            if D > W:
-                e = _load_rows(hidden, place, first, stride_hm, stride_hd, valid, D, W).to(DOT)
-            c = _load_rows(table, ids, first, stride_tv, stride_td, inside, D, W).to(DOT)
+        if D > W:  # too wide to stay on chip
+            for first in range(0, D, W):
+                e_part = _load_rows(hidden, place, first, stride_hm, stride_hd, valid, D, W).to(DOT)
+                c_part = _load_rows(table, ids, first, stride_tv, stride_td, inside, D, W).to(DOT)
+                z = product(e_part, tl.trans(c_part), z, PRECISION, INTERPRETED)
+        c = _load_rows(table, ids, own, stride_tv, stride_td, inside, D, W).to(DOT)
+        if D <= W:
             z = product(e, tl.trans(c), z, PRECISION, INTERPRETED)
         if HAS_LOG_Q:
             z -= tl.load(log_q + ids)[None, :]
@@ -94,8 +96,6 @@ def tile_forward_kernel(
         n_kept += tl.sum(kept.to(tl.int32), 1)
         top, total, shrink, weights = add_to_sum(top, total, tl.where(kept, z, float("-inf")))
         if NEEDS_DIRECTION:
-            if D > W:
-                c = _load_rows(table, ids, own, stride_tv, stride_td, inside, D, W).to(DOT)
             u = weighted_product(weights, c, u * shrink[:, None], WEIGHTS, INTERPRETED)
     row_loss, row_lse, row_margin, row_shift = finish_rows(
         positive, top, total, n_kept, y, log_q, n_items, n_columns, CORRECTION, HAS_LOG_Q
@@ -185,19 +185,19 @@ def tile_table_kernel(
         to_negatives, _ = upstream(d_loss, d_lse, margin, place, valid)
         row_shift = tl.load(shift + place, mask=valid, other=0.0)
         z = tl.zeros((C, B), tl.float32)
-        e = tl.zeros((B, W), DOT)
-        for first in tl.static_range(0, D, W):
-            e = _load_rows(hidden, place, first, stride_hm, stride_hd, valid, D, W).to(DOT)
-            if D > W:
-                c = _load_rows(table, ids, first, stride_tv, stride_td, inside, D, W).to(DOT)
+        if D > W:  # too wide to stay on chip
+            for first in range(0, D, W):
+                e_part = _load_rows(hidden, place, first, stride_hm, stride_hd, valid, D, W).to(DOT)
+                c_part = _load_rows(table, ids, first, stride_tv, stride_td, inside, D, W).to(DOT)
+                z = product(c_part, tl.trans(e_part), z, PRECISION, INTERPRETED)
+        e = _load_rows(hidden, place, own, stride_hm, stride_hd, valid, D, W).to(DOT)
+        if D <= W:
             z = product(c, tl.trans(e), z, PRECISION, INTERPRETED)
         kept = inside[:, None] & valid[None, :]
         if CORRECTION != CLASSIC_LOGQ:
             kept = kept & (ids[:, None] != y[None, :])
         exponent = tl.where(kept, z + minus_log_q[:, None] - row_shift[None, :], 0.0)
         weights = tl.where(kept, tl.exp(exponent), 0.0) * to_negatives[None, :]
-        if D > W:
-            e = _load_rows(hidden, place, own, stride_hm, stride_hd, valid, D, W).to(DOT)
         d_c = weighted_product(weights, e, d_c, WEIGHTS, INTERPRETED)
     # Drawn again: kept over the loop, the rows' addresses would take the registers of a quarter of d_c.
     ids = negative_ids(

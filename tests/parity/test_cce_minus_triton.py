@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from kernels.cce_minus import Proposal, cce_minus_loss, cce_minus_negatives, triton_path
+from kernels.cce_minus import Proposal, cce_minus_loss, cce_minus_negatives, triton_launches, triton_path
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -321,7 +321,7 @@ def test_no_scratch_memory_is_read_before_it_is_written(plain_case, sharing, det
 @pytest.mark.parametrize("sharing", ["tile", "batch"])
 def test_long_groups_are_cut_into_segments(plain_case, sharing, monkeypatch):
     case = plain_case | {"sharing": sharing, "n": 129}
-    monkeypatch.setattr(triton_path, "_LARGEST_TILE", 8)
-    monkeypatch.setattr(triton_path, "_PROGRAMS", 2)
+    monkeypatch.setattr(triton_launches, "LARGEST_TILE", 8)
+    monkeypatch.setattr(triton_launches, "PROGRAMS", 2)
     for deterministic in (False, True):
         check(case | {"deterministic": deterministic})

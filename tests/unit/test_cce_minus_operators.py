@@ -194,7 +194,8 @@ def test_without_the_interpreter_cpu_tensors_are_refused_and_auto_goes_on(projec
         "import torch\nfrom kernels.cce_minus import cce_minus_loss\n"
         "x = torch.randn(4, 3), torch.randn(9, 3), torch.arange(4)\n"
         "print(cce_minus_loss(*x, n_negatives=3, seed=1).item() > 0)\n"
-        "try:\n    cce_minus_loss(*x, n_negatives=3, seed=1, impl='triton')\nexcept ValueError as error:\n    print(error)\n"
+        "try:\n    cce_minus_loss(*x, n_negatives=3, seed=1, impl='triton')\n"
+        "except ValueError as error:\n    print(error)\n"
         "import sys; print('kernels.cce_minus.triton_path' in sys.modules)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

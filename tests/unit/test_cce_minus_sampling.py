@@ -9,7 +9,7 @@ from scipy import stats
 
 from kernels.cce_minus import Proposal, cce_minus_loss, cce_minus_negatives
 from kernels.cce_minus.negatives import DrawnNegatives
-from kernels.cce_minus.philox import MASK, PhiloxStream, philox4x32, scale_words
+from kernels.cce_minus.philox import PhiloxStream, philox4x32, scale_words
 
 MASK = 0xFFFFFFFF
 
