@@ -10,9 +10,12 @@ the inverted id. ``torch.topk`` on the scores alone promises no order among equa
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from kernels.top_k import check_k, check_operands, check_seen_items, fused_top_k, is_supported
 
 CHUNK_BYTES = 64 * 2**20
 """Memory allowed for one chunk of scores with its working copies, where the caller names no chunk size."""
@@ -97,31 +100,15 @@ def _refuse_nan(scores: Tensor, first_column: int) -> None:
         raise ValueError(f"scores must not be NaN, got NaN at row {row}, column {first_column + column}")
 
 
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-
-
 class _SeenItems:
     """Pairs (row, item) to leave out, sorted by item once, so that a chunk of items is one slice of them."""
 
     def __init__(self, items: Tensor | None, offsets: Tensor | None, n_rows: int, n_items: int) -> None:
-        if (items is None) != (offsets is None):
-            raise ValueError("seen_items and seen_offsets must be given together, got only one of them")
+        check_seen_items(items, offsets, n_rows, n_items)
         self.pairs: tuple[Tensor, Tensor] | None = None
         if items is None or offsets is None:
             return
-        if offsets.shape != (n_rows + 1,) or items.ndim != 1:
-            raise ValueError(
-                f"seen_items must be (M,) and seen_offsets ({n_rows + 1},), "
-                f"got {tuple(items.shape)} and {tuple(offsets.shape)}"
-            )
-        lengths = offsets.diff()
-        if int(offsets[0]) != 0 or int(offsets[-1]) != items.numel() or bool((lengths < 0).any()):
-            raise ValueError(f"seen_offsets must rise from 0 to {items.numel()}, the number of seen items")
-        if items.numel() and (int(items.min()) < 0 or int(items.max()) >= n_items):
-            raise ValueError(f"seen_items must lie in 0..{n_items - 1}, got {int(items.min())}..{int(items.max())}")
-        rows = torch.repeat_interleave(torch.arange(n_rows, device=items.device), lengths)
+        rows = torch.repeat_interleave(torch.arange(n_rows, device=items.device), offsets.diff())
         by_item = items.argsort()
         self.pairs = rows[by_item], items[by_item]
 
@@ -149,7 +136,7 @@ def _running_top_k(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Walk over the items in chunks; ``chunk_of(start, stop)`` gives fresh ``(B, stop - start) float32`` scores."""
-    _check_k(k)
+    check_k(k)
     if chunk_size is None:
         chunk_size = max(_MIN_CHUNK, CHUNK_BYTES // (_CELL_BYTES * max(n_rows, 1)))
     if chunk_size < 1:
@@ -176,10 +163,13 @@ def top_k_items(
     seen_items: Tensor | None = None,
     seen_offsets: Tensor | None = None,
     chunk_size: int | None = None,
+    impl: Literal["auto", "torch", "triton"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k items of highest ``states @ table.T`` for each user among those the user has not seen.
 
-    Score descending, then id ascending, exactly. Memory is O(B (k + chunk_size) + M), whatever V is.
+    Score descending, then id ascending, exactly. Memory is O(B (k + chunk_size) + M), whatever V is. Two
+    implementations: chunks of scores in PyTorch on any device, and one kernel on a GPU,
+    :func:`kernels.top_k.fused_top_k`. They order alike, but round their scores differently.
 
     Args:
         states: ``(B, D) float`` user states. 16- and 32-bit inputs are multiplied in float32 (also under
@@ -189,7 +179,9 @@ def top_k_items(
         seen_items: ``(M,) int64`` items to leave out, of all users one after another, repeats allowed; ``None`` to
             leave out nothing.
         seen_offsets: ``(B + 1,) int64`` where each user's part of ``seen_items`` begins and ends.
-        chunk_size: Items scored at a time; ``None`` takes as many as :data:`CHUNK_BYTES` holds.
+        chunk_size: Items scored at a time by the PyTorch path; ``None`` takes as many as :data:`CHUNK_BYTES` holds.
+        impl: "torch", "triton", or "auto": "triton" for CUDA tensors where the kernel can run (triton installed, no
+            float64, ``k`` up to 1024) and no ``chunk_size`` is asked for, else "torch".
 
     Returns:
         ``(scores (B, k) float32, ids (B, k) int64)``; places without a candidate hold -inf and -1. An item whose
@@ -197,16 +189,19 @@ def top_k_items(
 
     Raises:
         ValueError: If shapes disagree, ``k`` or ``chunk_size`` is below 1, a seen id lies outside 0..V-1, the
-            offsets are no partition of the seen items, or a score is NaN.
+            offsets are no partition of the seen items, a score is NaN, or ``impl="triton"`` cannot do it.
 
     Source: section "Evaluation" of arXiv 2509.09682's released pipeline ranks a dense ``(B, V)`` matrix; this
     gives the same list with a defined order among equal scores. The matrix product of a chunk may round
     differently for different chunk sizes, as any BLAS does; equal scores stay in id order in each case.
     """
-    if states.ndim != 2 or table.ndim != 2 or states.shape[1] != table.shape[1]:
-        raise ValueError(
-            f"states and table must be (B, D) and (V, D), got {tuple(states.shape)} and {tuple(table.shape)}"
-        )
+    check_operands(states, table)
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
+    if impl == "triton" and chunk_size is not None:
+        raise ValueError(f"impl='triton' does not work in chunks, got chunk_size={chunk_size}")
+    if impl == "triton" or (impl == "auto" and chunk_size is None and is_supported(states, table, k)):
+        return fused_top_k(states, table, k, seen_items=seen_items, seen_offsets=seen_offsets)
     wide = torch.float64 if torch.float64 in (states.dtype, table.dtype) else torch.float32
     states = states.to(wide)
 
@@ -268,7 +263,7 @@ def top_k_candidates(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tenso
     Raises:
         ValueError: If ``k`` is below 1, the shapes differ or a score is NaN.
     """
-    _check_k(k)
+    check_k(k)
     if scores.ndim != 2 or scores.shape != ids.shape:
         raise ValueError(
             f"scores and ids must be of one shape (B, W), got {tuple(scores.shape)} and {tuple(ids.shape)}"
