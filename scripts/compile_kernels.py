@@ -53,6 +53,9 @@ ARCHITECTURES = {
 }
 NO_SPILLS = ("sm_90",)
 
+# Constants of kernels that a table of launch settings chooses, or is keyed by.
+_ROW = ("B", "C", "W", "DOT", "PRECISION")
+
 _TYPE_NAMES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -212,9 +215,9 @@ def _features(launch: Launch, thorough: bool) -> set[tuple[str, ...]]:
     kinds = {name: str(v.dtype if isinstance(v, Tensor) else type(v)) for name, v in launch.arguments.items()}
     settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     features = {(launch.kernel.__name__, name, str(v)) for name, v in (launch.constants | settings | kinds).items()}
-    # a row of a table of launch settings: the sizes of the blocks together with the width and dtypes they are for
-    shipped = {name: v for name, v in launch.constants.items() if len(name) == 1 or name == "DOT"} | settings
-    row = {(launch.kernel.__name__, "shipped", str(sorted(shipped.items(), key=str)))}
+    # a row of a table of launch settings: sizes of blocks and how operands are multiplied, whatever the problem's sizes
+    shipped = {name: v for name, v in launch.constants.items() if name in _ROW} | settings
+    row: set[tuple[str, ...]] = {(launch.kernel.__name__, str(sorted(shipped.items(), key=str)))}
     return row | features if thorough else row
 
 

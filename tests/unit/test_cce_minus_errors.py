@@ -93,7 +93,7 @@ def test_bad_arguments_end_in_one_line(changes, words, impl):
             "impl='triton' takes CUDA tensors, and CPU tensors only where TRITON_INTERPRET=1 is set, got cpu",
         ),
         (
-            {"impl": "triton", "hidden": torch.zeros(5, D, dtype=torch.float64)},
+            {"impl": "triton", "hidden": torch.zeros(2, 3, D, dtype=torch.float64)},
             "impl='triton' computes in float32, got float64: use 'torch' or 'reference'",
         ),
         ({"deterministic": 1}, "deterministic must be None, True or False, got 1"),
