@@ -1,0 +1,1 @@
+"""Portfolios from clusters of stocks: selection, weights, backtest, metrics and inference, free of Lightning."""

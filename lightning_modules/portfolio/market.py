@@ -1,0 +1,167 @@
+"""The market as a strategy sees it: prices of many stocks over days, cut so that nothing later can be read.
+
+T days, A stocks. Rows are trading days in increasing order, columns are stocks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+TRADING_DAYS = 252
+"""Trading days of a year, by which daily figures are annualised."""
+
+
+def daily_risk_free(annual: float) -> float:
+    """Daily rate that compounds to ``annual`` over 252 days: (1 + annual)^(1/252) - 1."""
+    return float((1 + annual) ** (1 / TRADING_DAYS) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Market:
+    """A panel of stocks, up to and including the last row.
+
+    Attributes:
+        dates: ``(T,) datetime64[D]``, strictly increasing.
+        tickers: A names.
+        prices: ``(T, A) float64`` as observed, NaN where there is no price.
+        returns: ``(T, A) float64`` simple daily returns under the gap rule of the data module; NaN where unknown, and
+            in the first row.
+        member: ``(T, A) bool``, whether the stock belongs to the universe on that day.
+        index_prices: ``(T,) float64`` of the index on the same days, or None.
+        sectors: ``(A,) int64`` place in ``sector_names``, -1 where unknown.
+        sector_names: Names of sectors.
+        delisting_returns: ``(A,) float64`` return of the day after the last price of a delisted stock; NaN where the
+            stock is not delisted within these rows.
+    """
+
+    dates: NDArray[np.datetime64]
+    tickers: tuple[str, ...]
+    prices: Array
+    returns: Array
+    member: NDArray[np.bool_]
+    index_prices: Array | None = None
+    sectors: NDArray[np.int64]
+    sector_names: tuple[str, ...] = ()
+    delisting_returns: Array
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any]) -> "Market":
+        """Build from a batch of the data module: tensors become arrays, ``dates`` are days since 1970-01-01."""
+
+        def array(value: Any) -> Any:
+            return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+
+        values = {field.name: array(batch.get(field.name)) for field in fields(cls)}
+        return cls(
+            **values
+            | {
+                "dates": values["dates"].astype("datetime64[D]"),
+                "tickers": tuple(values["tickers"]),
+                "sector_names": tuple(values["sector_names"] or ()),
+            }
+        )
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self.dates)
+
+    @property
+    def n_stocks(self) -> int:
+        """A."""
+        return len(self.tickers)
+
+    def rows(self, start: int, stop: int) -> "Market":
+        """Days ``start`` to ``stop`` (not included). A delisting after them is not known in them."""
+        start, stop = max(start, 0), min(stop, len(self))
+        return replace(
+            self,
+            dates=self.dates[start:stop],
+            prices=self.prices[start:stop],
+            returns=self.returns[start:stop],
+            member=self.member[start:stop],
+            index_prices=None if self.index_prices is None else self.index_prices[start:stop],
+            # The terminal return is paid on the day after the last price: before that day nobody knows of it.
+            delisting_returns=np.where(self.last_price_row + 1 < stop, self.delisting_returns, np.nan),
+        )
+
+    def before(self, row: int, n_days: int | None = None) -> "Market":
+        """The days strictly before ``row``, all of them or the last ``n_days``."""
+        return self.rows(0 if n_days is None else row - n_days, row)
+
+    def stocks(self, columns: Sequence[int] | NDArray[Any]) -> "Market":
+        """The stocks in ``columns``, in that order."""
+        columns = np.asarray(columns)
+        return replace(
+            self,
+            tickers=tuple(self.tickers[column] for column in columns),
+            prices=self.prices[:, columns],
+            returns=self.returns[:, columns],
+            member=self.member[:, columns],
+            sectors=self.sectors[columns],
+            delisting_returns=self.delisting_returns[columns],
+        )
+
+    def eligible(self, min_observed: float = 0.95) -> NDArray[np.int64]:
+        """Columns that could be bought on the day after the last row, judged by these rows alone.
+
+        A member on the last day, with a price on the last day (so neither delisted nor suspended), and with a return
+        on at least ``min_observed`` of the days from the second on.
+        """
+        observed = ~np.isnan(self.returns[1:])
+        share = observed.mean(0) if len(observed) else np.zeros(self.n_stocks)
+        return np.flatnonzero(self.member[-1] & ~np.isnan(self.prices[-1]) & (share >= min_observed))
+
+    def filled_returns(self) -> Array:
+        """``(T - 1, A)`` returns from the second day on, 0 where unknown: no price, no known change."""
+        return np.nan_to_num(self.returns[1:], nan=0.0)
+
+    @cached_property
+    def last_price_row(self) -> NDArray[np.int64]:
+        """``(A,)`` row of the last price of each stock; -1 where there is none."""
+        observed = ~np.isnan(self.prices)
+        return np.where(observed.any(0), len(self) - 1 - observed[::-1].argmax(0), -1)
+
+    @cached_property
+    def index_returns(self) -> Array | None:
+        """``(T - 1,)`` simple returns of the index from the second day on; None without an index."""
+        if self.index_prices is None:
+            return None
+        returns: Array = self.index_prices[1:] / self.index_prices[:-1] - 1
+        return returns
+
+    @cached_property
+    def holder_returns(self) -> Array:
+        """``(T, A)`` what one who holds the stock earns on each day; 0 in the first row.
+
+        Against the last price seen, however old, so that a move over a gap is not lost; 0 on days without a price;
+        the delisting return on the day after the last price of a delisted stock.
+        """
+        observed = ~np.isnan(self.prices)
+        row = np.arange(len(self))[:, None]
+        latest = np.maximum.accumulate(np.where(observed, row, -1), axis=0)
+        carried = np.take_along_axis(self.prices, np.maximum(latest, 0), axis=0)  # NaN before the first price
+        with np.errstate(invalid="ignore"):
+            later = np.nan_to_num(carried[1:] / carried[:-1] - 1, nan=0.0)
+        moves: Array = np.concatenate([np.zeros((1, self.n_stocks)), later])
+        after_last = self.last_price_row + 1
+        paid = np.flatnonzero(~np.isnan(self.delisting_returns) & (after_last < len(self)) & (after_last > 0))
+        moves[after_last[paid], paid] = self.delisting_returns[paid]
+        return moves
+
+
+def month_starts(dates: NDArray[np.datetime64], start: int, stop: int, every: int = 1) -> NDArray[np.int64]:
+    """Rows of the first session of each ``every``-th calendar month among rows ``start`` .. ``stop`` - 1.
+
+    The first is ``start`` itself, whatever day it is, so that every row belongs to exactly one period.
+    """
+    months = dates[start:stop].astype("datetime64[M]").astype(np.int64)
+    first = np.flatnonzero(np.diff(months, prepend=months[:1] - 1)) + start
+    counted = months[first - start] - months[0]
+    return first[counted % every == 0]
