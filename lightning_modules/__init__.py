@@ -1,5 +1,6 @@
 """The methods of seqlit, one LightningModule each."""
 
 from lightning_modules.sasrec_cce import SASRecCCE
+from lightning_modules.tda_portfolio import TDAPortfolioClusterer
 
-__all__ = ["SASRecCCE"]
+__all__ = ["SASRecCCE", "TDAPortfolioClusterer"]

@@ -28,7 +28,16 @@ from lightning_modules.run_folder import (
 # Facts that the data knows and the model needs. A model that has no such argument ignores the link.
 LINKS = ("n_items", "max_length", "recommend_seen", "target", "item_counts")
 # Module that is missing -> extra that brings it.
-EXTRAS = {"wandb": "wandb", "gtda": "tda", "sklearn": "tda", "sktime": "timeseries"}
+EXTRAS = {
+    "wandb": "wandb",
+    "gtda": "tda",
+    "gudhi": "tda",
+    "sklearn": "tda",
+    "clarabel": "tda",
+    "joblib": "tda",
+    "sktime": "timeseries",
+    "tslearn": "timeseries",
+}
 _IRRELEVANT = (
     # batches are assembled whole in well under a millisecond: worker processes would only cost copies
     ".*does not have many workers.*",
@@ -38,6 +47,8 @@ _IRRELEVANT = (
     "The dirpath has changed from",
     # a resumed run goes on in its own folder
     "Checkpoint directory .* exists and is not empty",
+    # tslearn would save models with it
+    "(?s)h5py not installed",
     # lightning 2.6 against the newer pytree of torch 2.13
     ".*isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 BEST, LAST = "best.ckpt", "last.ckpt"
-_SPEED_ONLY = frozenset({"eval_batch_size", "num_workers", "cache_dir", "impl"})
+_SPEED_ONLY = frozenset({"eval_batch_size", "num_workers", "n_workers", "cache_dir", "impl", "progress"})
 
 
 @contextmanager

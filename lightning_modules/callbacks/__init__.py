@@ -1,8 +1,18 @@
 """Lightning callbacks: what runs write, print and remember."""
 
+from lightning_modules.callbacks.portfolio_report import PortfolioReport
+from lightning_modules.callbacks.portfolio_writer import PortfolioWriter
 from lightning_modules.callbacks.predictions import RecommendationWriter
 from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.callbacks.ranking_report import RankingReport
 from lightning_modules.callbacks.run_record import EpochLines, LastCheckpoint
 
-__all__ = ["EpochLines", "LastCheckpoint", "RandomState", "RankingReport", "RecommendationWriter"]
+__all__ = [
+    "EpochLines",
+    "LastCheckpoint",
+    "PortfolioReport",
+    "PortfolioWriter",
+    "RandomState",
+    "RankingReport",
+    "RecommendationWriter",
+]

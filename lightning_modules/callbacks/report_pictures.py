@@ -5,35 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_modules.run_folder import drafted
-
-# Colour-blind safe (Okabe & Ito); the model is always the first.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-
-
-def _axes(n_columns: int = 1, width: float = 7.0, height: float = 4.0) -> tuple[Figure, list[Axes]]:
-    # No pyplot: its global state keeps figures alive and picks a backend that may need a screen.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(1, n_columns, column + 1) for column in range(n_columns)]
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(alpha=0.25)
-    return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with drafted(path) as draft:
-        figure.savefig(draft, dpi=130)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
+from lightning_modules.callbacks.picture_frame import COLOURS, new_axes, save, words
 
 
 def _metric(key: str) -> str:
@@ -44,63 +18,63 @@ def _metric(key: str) -> str:
 def comparison(path: Path, result: dict[str, Any], key: str) -> None:
     """Every system with its interval, and the model's paired advantage over each baseline."""
     names = list(result["interval"])
-    figure, (left, right) = _axes(2, width=10, height=0.55 * len(names) + 1.6)
+    figure, (left, right) = new_axes(2, width=10, height=0.55 * len(names) + 1.6)
     for row, name in enumerate(names):
         mean, low, high = result["interval"][name][key]
-        left.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=_COLOURS[row])
-    left.set_yticks(range(len(names)), [_words(name) for name in names])
+        left.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=COLOURS[row])
+    left.set_yticks(range(len(names)), [words(name) for name in names])
     left.set_xlim(left=0)
     left.set_xlabel(f"{_metric(key)} with interval")
     for row, name in enumerate(names[1:], start=1):
         mean, low, high = result["paired_difference"][name][key]
-        right.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=_COLOURS[row])
+        right.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=COLOURS[row])
     right.axvline(0, color="black", linewidth=0.8)
-    right.set_yticks(range(1, len(names)), [_words(name) for name in names[1:]])
+    right.set_yticks(range(1, len(names)), [words(name) for name in names[1:]])
     right.set_xlabel(f"{_metric(key)}: model minus baseline, same users")
     for each in (left, right):
         each.set_ylim(len(names) - 0.5, -0.5)
         each.grid(axis="y", visible=False)
     figure.suptitle(f"Model and baselines, {result['n_users']} users")
-    _save(figure, path)
+    save(figure, path)
 
 
 def by_history_length(path: Path, lengths: np.ndarray, values: dict[str, np.ndarray], key: str) -> None:
     """Mean metric in groups of users of equal size, from short to long histories, with standard errors."""
     n_groups = max(1, min(8, len(lengths) // 20))
     groups = np.array_split(np.argsort(lengths, kind="stable"), n_groups)
-    figure, (axes,) = _axes(width=8.5)
+    figure, (axes,) = new_axes(width=8.5)
     middles = [float(np.median(lengths[group])) for group in groups]
     for row, (name, value) in enumerate(values.items()):
         means = [float(value[group].mean()) for group in groups]
         errors = [float(value[group].std() / np.sqrt(len(group))) for group in groups]
         axes.errorbar(
-            middles, means, yerr=errors, marker="o", markersize=4, capsize=2, color=_COLOURS[row], label=_words(name)
+            middles, means, yerr=errors, marker="o", markersize=4, capsize=2, color=COLOURS[row], label=words(name)
         )
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"items in the user's history (median of {n_groups} groups of about {len(groups[0])} users)")
     axes.set_ylabel(f"{_metric(key)} ± standard error")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    _save(figure, path)
+    save(figure, path)
 
 
 def popularity(path: Path, item_counts: np.ndarray, shown: dict[str, np.ndarray], cutoff: int) -> None:
     """How much of what each system shows comes from which tenth of the catalogue, beside what was bought."""
     by_popularity = np.argsort(-item_counts, kind="stable")
     tenths = np.array_split(by_popularity, min(10, len(by_popularity)))
-    figure, (axes,) = _axes(width=8)
+    figure, (axes,) = new_axes(width=8)
     width = 0.85 / len(shown)
     for row, (name, counts) in enumerate(shown.items()):
         share = [counts[tenth].sum() / max(1, counts.sum()) for tenth in tenths]
-        label = "bought next" if name == "bought" else f"{_words(name)}, top {cutoff}"
-        colour = "#444444" if name == "bought" else _COLOURS[row]
+        label = "bought next" if name == "bought" else f"{words(name)}, top {cutoff}"
+        colour = "#444444" if name == "bought" else COLOURS[row]
         axes.bar(np.arange(len(tenths)) + row * width, share, width, color=colour, label=label)
     axes.set_xticks(np.arange(len(tenths)) + 0.425 - width / 2, [str(i + 1) for i in range(len(tenths))])
     axes.set_xlabel("tenth of the catalogue, from the most to the least popular item in training")
     axes.set_ylabel("share")
     axes.grid(axis="x", visible=False)
     axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def training(path: Path, metrics_file: Path, key: str) -> None:
@@ -114,13 +88,13 @@ def training(path: Path, metrics_file: Path, key: str) -> None:
         points = [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
         return [epoch for epoch, _ in points], [value for _, value in points]
 
-    figure, (left, right) = _axes(2, width=10)
+    figure, (left, right) = new_axes(2, width=10)
     for row, name in enumerate(("train/loss", "val/loss")):
-        left.plot(*series(name), marker="o", markersize=3, color=_COLOURS[row], label=name)
+        left.plot(*series(name), marker="o", markersize=3, color=COLOURS[row], label=name)
     left.set_ylabel("loss (nats)")
     left.legend(frameon=False)
     epochs, values = series(key)
-    right.plot(epochs, values, marker="o", markersize=3, color=_COLOURS[2])
+    right.plot(epochs, values, marker="o", markersize=3, color=COLOURS[2])
     if values:
         best = int(np.argmax(values))
         right.axvline(epochs[best], color="black", linewidth=0.8, linestyle="--", label=f"best, epoch {epochs[best]}")
@@ -129,4 +103,4 @@ def training(path: Path, metrics_file: Path, key: str) -> None:
     for each in (left, right):
         each.set_xlabel("epoch")
         each.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _save(figure, path)
+    save(figure, path)

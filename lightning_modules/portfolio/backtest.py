@@ -70,6 +70,7 @@ class Track:
         turnover: ``(P,)`` sum of |target - drifted|; the first, which builds the portfolio, is 1.
         cost_bps: Cost of trading one unit of wealth, in basis points.
         flags: ``{rebalance date: flags}`` where there are any.
+        held: ``(A,)`` weights after the last day.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Track:
     turnover: Array
     cost_bps: float
     flags: dict[str, tuple[str, ...]]
+    held: Array
 
 
 def make_plan(name: str, market: Market, decide: Decide, rows: NDArray[np.int64], stop: int) -> Plan:
@@ -169,4 +171,5 @@ def hold(plan: Plan, market: Market, *, cost_bps: float = 0.0, drift: bool = Tru
             for row, decision in zip(plan.rows, plan.decisions, strict=True)
             if decision.flags
         },
+        held=held,
     )

@@ -133,7 +133,7 @@ class Market:
         """``(T - 1,)`` simple returns of the index from the second day on; None without an index."""
         if self.index_prices is None:
             return None
-        returns: Array = self.index_prices[1:] / self.index_prices[:-1] - 1
+        returns: Array = np.divide(self.index_prices[1:], self.index_prices[:-1]) - 1.0
         return returns
 
     @cached_property

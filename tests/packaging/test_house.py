@@ -21,6 +21,7 @@ MAY_NOT_IMPORT = {
 }
 # Plain mathematics: usable without Lightning.
 FREE_OF_LIGHTNING = ("lightning_modules/networks", "lightning_modules/losses", "lightning_modules/metrics")
+FREE_OF_LIGHTNING += ("lightning_modules/portfolio", "lightning_modules/topology")
 FREE_OF_LIGHTNING += ("lightning_modules/ranking.py", "lightning_modules/baselines.py")
 
 
@@ -86,6 +87,17 @@ def test_our_kernels_is_the_one_that_is_imported(project):
     """Another distribution called `kernels` exists: this environment must not hold it."""
     spec = importlib.util.find_spec("kernels")
     assert Path(spec.origin).resolve() == project / "kernels" / "__init__.py"
+
+
+def test_packages_import_without_the_extras():
+    """giotto-tda is AGPL and the others are optional: nothing imports them until it is used."""
+    code = (
+        "import sys, lightning_modules.cli, lightning_modules.portfolio.walk, lightning_modules.topology, datamodules;"
+        "extras = {'gtda', 'gudhi', 'sklearn', 'clarabel', 'sktime', 'tslearn', 'wandb'} & set(sys.modules);"
+        "assert not extras, extras"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_wheel_holds_the_three_packages_and_their_data(project, tmp_path):

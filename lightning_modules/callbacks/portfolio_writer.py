@@ -1,0 +1,101 @@
+"""Clusters, weights and the orders of the day to Parquet."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_modules.run_folder import drafted
+from lightning_modules.tda_portfolio import Advice
+
+
+def weights_frame(advice: Advice) -> pl.DataFrame:
+    """Every rebalance: ``date``, ``ticker``, ``cluster`` (null if not eligible), ``weight`` bought, ``held`` before."""
+    plan, track = advice.plan, advice.track
+    n_periods, n_stocks = plan.targets.shape
+    labels = np.stack([decision.labels for decision in plan.decisions])  # type: ignore[arg-type]
+    return (
+        pl.DataFrame(
+            {
+                "date": np.repeat(track.rebalance_dates, n_stocks),
+                "ticker": list(advice.market.tickers) * n_periods,
+                "cluster": labels.ravel(),
+                "weight": plan.targets.ravel(),
+                "held": track.drifted.ravel(),
+            }
+        )
+        .with_columns(pl.when(pl.col("cluster") >= 0).then(pl.col("cluster")))
+        .filter(pl.col("cluster").is_not_null() | (pl.col("weight") > 0) | (pl.col("held") > 0))
+    )
+
+
+def orders_frame(advice: Advice) -> pl.DataFrame:
+    """The session after the last day: ``as_of``, ``ticker``, ``cluster``, ``held``, ``target``, ``order``, ``side``.
+
+    Weights are shares of wealth at the close of ``as_of``; ``order`` is target minus held, ``side`` buy, sell or hold.
+    """
+    order = advice.target - advice.held
+    # Weights are known to some 1e-8 of the solver: less than a millionth of wealth is no order.
+    side = np.where(order > 1e-6, "buy", np.where(order < -1e-6, "sell", "hold"))
+    return (
+        pl.DataFrame(
+            {
+                "as_of": np.repeat(advice.market.dates[-1:], advice.market.n_stocks),
+                "ticker": list(advice.market.tickers),
+                "cluster": advice.labels,
+                "held": advice.held,
+                "target": advice.target,
+                "order": order,
+                "side": side,
+            }
+        )
+        .with_columns(pl.when(pl.col("cluster") >= 0).then(pl.col("cluster")))
+        .filter(pl.col("cluster").is_not_null() | (pl.col("held") > 0))
+        .sort("order", descending=True, maintain_order=True)
+    )
+
+
+class PortfolioWriter(Callback):
+    """Writes what ``predict`` advises: ``weights.parquet``, ``orders.parquet`` and the same as ``orders.csv``.
+
+    Every file appears whole or not at all.
+    """
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write, and print the orders.
+
+        Raises:
+            ValueError: If the module predicts something else.
+        """
+        if not isinstance(outputs, Advice):
+            raise ValueError(f"PortfolioWriter needs Advice from predict_step, got {type(outputs).__name__}")
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        orders = orders_frame(outputs)
+        with drafted(folder / "weights.parquet") as draft:
+            weights_frame(outputs).write_parquet(draft)
+        with drafted(folder / "orders.parquet") as draft:
+            orders.write_parquet(draft)
+        with drafted(folder / "orders.csv") as draft:
+            orders.write_csv(draft)
+        traded = orders.filter(pl.col("side") != "hold")
+        print(
+            f"seqlit: orders as of {outputs.market.dates[-1]}, shares of wealth ({folder / 'orders.csv'}):", flush=True
+        )
+        for row in traded.iter_rows(named=True):
+            print(
+                f"  {row['side']:<4} {row['ticker']:<8} {row['order']:+.4f}   {row['held']:.4f} -> {row['target']:.4f}"
+            )
+        for flag in outputs.flags:
+            print(f"seqlit: {flag}", flush=True)

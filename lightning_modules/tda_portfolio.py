@@ -1,0 +1,323 @@
+"""Stocks clustered by the topology of their returns, and portfolios of them tested walk-forward.
+
+Source: arXiv 2308.07944; where its protocol looks ahead, the causal one is the default and the published an option.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_modules.portfolio.backtest import Plan, Track
+from lightning_modules.portfolio.clusterers import Clusterer, Labels, Stocks, standardised
+from lightning_modules.portfolio.market import Array, Market
+from lightning_modules.portfolio.metrics import clustering_scores
+from lightning_modules.portfolio.selection import TopSharpe
+from lightning_modules.portfolio.strategy import Selection
+from lightning_modules.portfolio.study import Study
+from lightning_modules.portfolio.walk import Frame, Mode, Rules, cluster_strategy, control_arms, random_arms, walk
+from lightning_modules.portfolio.weighting import MeanVariance, Weighting
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What ``predict`` says.
+
+    Attributes:
+        market: All days given.
+        plan: Clusters and weights at every rebalance from the start of the test to the last day.
+        track: What they earned.
+        labels: ``(A,)`` clusters after the last day, of the latest window; -1 for stocks that are not eligible.
+        held: ``(A,)`` weights after the last day, drifted since the last rebalance.
+        target: ``(A,)`` weights wanted for the next session.
+        flags: What went other than asked for in the last decision.
+    """
+
+    market: Market
+    plan: Plan
+    track: Track
+    labels: Labels
+    held: Array
+    target: Array
+    flags: tuple[str, ...]
+
+
+class TDAPortfolioClusterer(LightningModule):
+    """Represent each stock by its returns, cluster, pick a few stocks a cluster, weigh, and hold.
+
+    ``fit`` learns the representation and clusters the stocks of the train window, ``test`` walks forward through the
+    test period beside control strategies, ``predict`` gives clusters, weights and the orders of the day. Batches are
+    those of ``StockPricesDataModule``: in training ``windows (B, L) float32``; in validation the same and the panel up
+    to the end of the train window; in test and prediction the whole panel with the row numbers of its periods.
+
+    | mode | stocks are represented, clustered and selected | drift within a month |
+    |---|---|---|
+    | ``published`` | once; selected with the whole frame, test included: a look-ahead, kept to reproduce tables | no |
+    | ``causal`` | once, in the train window | yes |
+    | ``causal_rolling`` | every ``refit_months``, in the window of equal length before | yes |
+
+    Weights are renewed every month. In the last two modes, whatever holds on a day was known at the close before it.
+    Trained networks stay as the fit left them; what is fitted without training (grids, delays) is fitted anew at a
+    refit.
+
+    Logged: ``train/loss`` and ``val/loss`` of a trained network; ``val/silhouette``, ``val/davies_bouldin``,
+    ``val/calinski_harabasz`` of the first clusterer.
+
+    Args:
+        representation: Network from returns ``(A, T)`` to rows ``(A, D)``, see
+            :mod:`lightning_modules.portfolio.representations` for what else it may do.
+        clusterers: One or more; each is an arm of the report, the first is in charge of ``predict``.
+        selection: Picks stocks of each cluster; by default the two of largest Sharpe ratio.
+        weighting: Weights of the picks; by default mean-variance with at most 0.3 in a stock.
+        mode: See the table.
+        weight_months: Calendar months of returns that weights are estimated on.
+        refit_months: Months between refits in mode ``causal_rolling``.
+        min_observed: Share of days of the window with a return that makes a stock eligible.
+        risk_free: Annual.
+        cost_bps: Cost of a trade in basis points of what is traded.
+        costs_bps: Costs for the picture of sensitivity.
+        n_random: Random clusterings to compare with, by seed 0, 1, ...
+        n_trials: Configurations tried so far, for the deflated Sharpe ratio; by default the clusterers.
+        optimizer: Called with the parameters of a network that is trained.
+        scheduler: Called with the optimiser, stepped every epoch.
+        monitor: The logged key that a plateau scheduler watches.
+
+    Raises:
+        ValueError: If there is no clusterer or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        representation: nn.Module,
+        clusterers: list[Clusterer],
+        selection: Selection | None = None,
+        weighting: Weighting | None = None,
+        mode: Mode = "causal",
+        weight_months: int = 24,
+        refit_months: int = 12,
+        min_observed: float = 0.95,
+        risk_free: float = 0.03,
+        cost_bps: float = 10.0,
+        costs_bps: Sequence[float] = (0.0, 5.0, 10.0, 20.0, 50.0),
+        n_random: int = 100,
+        n_trials: int | None = None,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        scheduler: LRSchedulerCallable | None = None,
+        monitor: str = "val/loss",
+    ) -> None:
+        if not clusterers:
+            raise ValueError("clusterers must name at least one clusterer, got none")
+        if n_random < 0 or (n_trials is not None and n_trials < 1):
+            raise ValueError(f"n_random must be at least 0 and n_trials at least 1, got {n_random} and {n_trials}")
+        if min(costs_bps, default=0.0) < 0:
+            raise ValueError(f"costs_bps must be at least 0, got {list(costs_bps)}")
+        super().__init__()
+        self.representation = representation
+        self.clusterers = list(clusterers)
+        self.rules = Rules(
+            mode=mode,
+            selection=TopSharpe(risk_free=risk_free) if selection is None else selection,
+            weighting=MeanVariance() if weighting is None else weighting,
+            weight_months=weight_months,
+            refit_months=refit_months,
+            min_observed=min_observed,
+            cost_bps=cost_bps,
+        )
+        self.risk_free = risk_free
+        self.costs_bps = tuple(costs_bps)
+        self.n_random = n_random
+        self.n_trials = len(self.clusterers) if n_trials is None else n_trials
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.monitor = monitor
+        self.is_trained = callable(getattr(representation, "loss", None))
+        # Lightning saves no checkpoint before the first step of an optimiser, and DDP refuses modules without
+        # parameters: where nothing is trained, a parameter without effect is.
+        self.idle = None if self.is_trained else nn.Parameter(torch.zeros(()))
+        # What the fit found: tickers and rows of the stocks of the train window, labels of the first clusterer.
+        self.fitted: dict[str, Any] | None = None
+
+    def forward(self, returns: Tensor, index_returns: Tensor | None = None) -> Tensor:
+        """Rows ``(A, D)`` of stocks with returns ``(A, T)``; the index ``(T,)`` is read by few representations."""
+        return _rows(self.representation, returns, index_returns)
+
+    def _loss(self, windows: Tensor) -> Tensor:
+        return self.representation.loss(windows)  # type: ignore[operator]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of a network that is trained; 0 for others."""
+        if self.idle is not None:
+            return 0 * self.idle
+        loss = self._loss(batch["windows"])
+        self.log(
+            "train/loss",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(batch["windows"]),
+            sync_dist=True,
+        )
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Represent and cluster the stocks of the train window, and score the clusters."""
+        if self.trainer.sanity_checking:
+            return
+        if self.is_trained:
+            loss = self._loss(batch["windows"])
+            self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["windows"]), sync_dist=True)
+        window = Frame.from_batch(batch, self.rules.mode).train_window
+        stocks = window.stocks(window.eligible(self.rules.min_observed))
+        rows = self._represent(self.representation, stocks)
+        embedding = standardised(rows)
+        labels = self.clusterers[0](Stocks(embedding, stocks.filled_returns(), stocks.sectors))
+        self.fitted = {
+            "tickers": list(stocks.tickers),
+            "first_day": str(window.dates[0]),
+            "last_day": str(window.dates[-1]),
+            "rows": torch.from_numpy(rows),
+            "labels": torch.from_numpy(labels),
+        }
+        scores = clustering_scores(embedding, labels)
+        self.log_dict({f"val/{name}": value for name, value in scores.items()}, batch_size=1)
+
+    @torch.no_grad()
+    def _represent(self, network: nn.Module, stocks: Market) -> Array:
+        """Rows ``(E, D) float64`` of a window; a network that is fitted without training is fitted on it."""
+        device = "cpu" if self.device.type == "mps" else self.device  # mps has no float64
+        returns = torch.from_numpy(np.ascontiguousarray(stocks.filled_returns().T)).to(device)
+        index = None if stocks.index_returns is None else torch.from_numpy(stocks.index_returns).to(device)
+        fit = getattr(network, "fit", None)
+        if callable(fit) and not self.is_trained:
+            fit(returns)
+        was_training = network.training
+        network.eval()
+        try:
+            rows = _rows(network, returns, index)
+        finally:
+            network.train(was_training)
+        if rows.ndim != 2 or len(rows) != stocks.n_stocks:
+            raise ValueError(
+                f"representation must give one row for each of {stocks.n_stocks} stocks, got shape {tuple(rows.shape)}"
+            )
+        return rows.cpu().double().numpy()
+
+    def _represent_by_fit(self, frame: Frame) -> Callable[[Market], Array]:
+        """Rows of any window: those of the fit for its own window; others are computed once and remembered."""
+        fitted = self.fitted
+        if fitted is None:
+            raise ValueError("nothing was clustered: run `seqlit fit`, with validation, before test or predict")
+        window = frame.train_window
+        stocks = window.stocks(window.eligible(self.rules.min_observed))
+        here, there = (str(window.dates[-1]), list(stocks.tickers)), (fitted["last_day"], fitted["tickers"])
+        if here != there:
+            raise ValueError(
+                f"the checkpoint clustered {len(there[1])} stocks up to {there[0]}, the panel here has {len(here[1])} "
+                f"up to {here[0]}: fit again, or test with the data of the fit"
+            )
+        known = {(here[0], stocks.tickers): fitted["rows"].numpy()}
+        network = deepcopy(self.representation)  # a refit leaves the fitted state alone
+
+        def represent(stocks: Market) -> Array:
+            key = (str(stocks.dates[-1]), stocks.tickers)
+            if key not in known:
+                known[key] = self._represent(network, stocks)
+            return known[key]
+
+        return represent
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Study:  # type: ignore[override]
+        """Walk every arm through the test period; the report callback reads what is returned."""
+        frame, rules = Frame.from_batch(batch, self.rules.mode), self.rules
+        represent = self._represent_by_fit(frame)
+        strategies = [cluster_strategy(frame, rules, represent, clusterer) for clusterer in self.clusterers]
+        arms = [
+            walk(f"model, {clusterer.name}", "model", frame, rules, strategy)
+            for clusterer, strategy in zip(self.clusterers, strategies, strict=True)
+        ]
+        arms += control_arms(frame, rules, self.clusterers)
+        window = frame.train_window
+        columns = window.eligible(rules.min_observed)
+        stocks = window.stocks(columns)
+        embedding = standardised(represent(stocks))
+        grouped = [c(Stocks(embedding, stocks.filled_returns(), stocks.sectors)) for c in self.clusterers]
+        n_clusters = int(grouped[0].max()) + 1
+        diagrams = getattr(self.representation, "diagrams", None)
+        returns = torch.from_numpy(np.ascontiguousarray(stocks.filled_returns().T))
+        return Study(
+            mode=rules.mode,
+            market=frame.market,
+            train=frame.train,
+            test=frame.test,
+            arms=tuple(arms),
+            random_arms=tuple(random_arms(frame, rules, n_clusters, range(self.n_random))),
+            columns=columns,
+            embedding=embedding,
+            labels=grouped[0],
+            diagrams=diagrams(returns) if callable(diagrams) else None,
+            scores={
+                clusterer.name: clustering_scores(embedding, labels, stocks.sectors if stocks.sector_names else None)
+                for clusterer, labels in zip(self.clusterers, grouped, strict=True)
+            },
+            risk_free=self.risk_free,
+            cost_bps=rules.cost_bps,
+            costs_bps=self.costs_bps,
+            drift=rules.drift,
+            n_trials=self.n_trials,
+            flags=tuple(batch["flags"]),
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what seed_everything was called with
+        )
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Advice:
+        """Walk on to the last day there is, then decide anew for the session after it.
+
+        Raises:
+            ValueError: In mode ``published``, which needs the future.
+        """
+        if self.rules.mode == "published":
+            raise ValueError("mode published selects stocks by returns of the test: it cannot advise, use causal")
+        frame = Frame.from_batch(batch, self.rules.mode, to_the_end=True)
+        strategy = cluster_strategy(frame, self.rules, self._represent_by_fit(frame), self.clusterers[0])
+        arm = walk("model", "model", frame, self.rules, strategy)
+        assert arm.plan is not None
+        groups = strategy.refit(frame.market, len(arm.plan.rows))
+        decision = strategy.weigh(frame.market, groups)
+        return Advice(
+            market=frame.market,
+            plan=arm.plan,
+            track=arm.track,
+            labels=groups.labels_of_all(frame.market.n_stocks),
+            held=arm.track.held,
+            target=decision.weights,
+            flags=decision.flags,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the fit found: strings and tensors."""
+        checkpoint["fitted"] = self.fitted
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what a fit found."""
+        self.fitted = checkpoint.get("fitted")
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimiser, and the scheduler if there is one."""
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self.scheduler(optimizer), "interval": "epoch", "monitor": self.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def _rows(network: nn.Module, returns: Tensor, index_returns: Tensor | None) -> Tensor:
+    rows: Tensor = network(returns, index_returns) if getattr(network, "uses_index", False) else network(returns)
+    return rows
