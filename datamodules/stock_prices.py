@@ -132,16 +132,18 @@ class StockPricesDataModule(LightningDataModule):
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")
         if not max_disagreement > 0:
             raise ValueError(f"max_disagreement must be above 0, got {max_disagreement}")
-        self._train_start = None if train_start is None else _day("train_start", train_start)
-        self._test_start = _day("test_start", test_start)
-        self._test_end = None if test_end is None else _day("test_end", test_end)
-        if self._train_start is not None and self._train_start >= self._test_start:
-            raise ValueError(f"test_start {self._test_start} must come after train_start {self._train_start}")
-        if self._test_end is not None and self._test_end < self._test_start:
-            raise ValueError(f"test_end {self._test_end} must not come before test_start {self._test_start}")
+        first_day = None if train_start is None else _day("train_start", train_start)
+        test_day = _day("test_start", test_start)
+        last_day = None if test_end is None else _day("test_end", test_end)
+        if first_day is not None and first_day >= test_day:
+            raise ValueError(f"test_start {test_day} must come after train_start {first_day}")
+        if last_day is not None and last_day < test_day:
+            raise ValueError(f"test_end {last_day} must not come before test_start {test_day}")
+        columns = Columns(date_column, ticker_column, price_column)
         super().__init__()
         self._paths, self._index_paths, self._check_paths = paths, index_paths, check_paths
-        self._columns = Columns(date_column, ticker_column, price_column)
+        self._columns = columns
+        self._train_start, self._test_start, self._test_end = first_day, test_day, last_day
         self._index_column = index_column
         self._sectors_path, self._tickers_path = sectors_path, tickers_path
         self._membership_path, self._delistings_path = membership_path, delistings_path

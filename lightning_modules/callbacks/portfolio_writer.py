@@ -15,7 +15,7 @@ def weights_frame(advice: Advice) -> pl.DataFrame:
     """Every rebalance: ``date``, ``ticker``, ``cluster`` (null if not eligible), ``weight`` bought, ``held`` before."""
     plan, track = advice.plan, advice.track
     n_periods, n_stocks = plan.targets.shape
-    labels = np.stack([decision.labels for decision in plan.decisions])  # type: ignore[arg-type]
+    labels = np.stack([decision.labels for decision in plan.decisions if decision.labels is not None])
     return (
         pl.DataFrame(
             {

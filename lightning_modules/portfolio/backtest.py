@@ -97,8 +97,8 @@ def make_plan(name: str, market: Market, decide: Decide, rows: NDArray[np.int64]
         stop: Row after the last day, more than the last of ``rows``.
 
     Raises:
-        ValueError: If the rows are not as stated, or the strategy returns weights that are negative, not finite, or
-            do not sum to 1 within 1e-8.
+        ValueError: If the rows are not as stated, or the strategy returns weights that are negative, not finite, do
+            not sum to 1 within 1e-8, or are of a stock without a price on the day before.
     """
     if len(rows) == 0 or rows[0] < 1 or (np.diff(rows) <= 0).any() or not rows[-1] < stop <= len(market):
         raise ValueError(f"rebalance rows must increase from at least 1 to below {stop}, got {rows.tolist()}")
@@ -110,6 +110,11 @@ def make_plan(name: str, market: Market, decide: Decide, rows: NDArray[np.int64]
             raise ValueError(
                 f"{name}, {market.dates[row]}: weights must be {market.n_stocks} numbers of at least 0 that sum to 1, "
                 f"got shape {weights.shape}, sum {weights.sum()!r}, least {weights.min(initial=0)!r}"
+            )
+        absent = np.flatnonzero((weights > 0) & np.isnan(market.prices[row - 1]))
+        if len(absent):
+            raise ValueError(
+                f"{name}, {market.dates[row]}: weight on {market.tickers[absent[0]]}, without a price the day before"
             )
     return Plan(name, rows, stop, np.stack([decision.weights for decision in decisions]), decisions)
 
@@ -130,7 +135,7 @@ def hold(plan: Plan, market: Market, *, cost_bps: float = 0.0, drift: bool = Tru
         drift: Whether weights move with prices between rebalances.
 
     Raises:
-        ValueError: If costs are negative, or a portfolio loses everything.
+        ValueError: If costs are negative, or a portfolio loses everything, by prices or by costs.
     """
     if not (np.isfinite(cost_bps) and cost_bps >= 0):
         raise ValueError(f"cost_bps must be at least 0, got {cost_bps}")
@@ -144,18 +149,19 @@ def hold(plan: Plan, market: Market, *, cost_bps: float = 0.0, drift: bool = Tru
         block = moves[row:end]
         if drift:
             wealth = target * np.cumprod(1 + block, axis=0)  # (days, A)
-            total = wealth.sum(1)
-            earned = total / np.concatenate([[1.0], total[:-1]]) - 1
-            held = wealth[-1] / total[-1]
+            growth = np.concatenate([[1.0], wealth.sum(1)])
         else:
-            earned = block @ target
-            held = target * (1 + block[-1]) / (1 + earned[-1])  # what the last day made of it, before the next trade
-        if not (earned > -1).all():
+            growth = np.concatenate([[1.0], np.cumprod(1 + block @ target)])
+        paid = cost_bps / 1e4 * turnover[-1]
+        if growth.min() <= 0 or paid >= 1:
             raise ValueError(f"{plan.name}: the portfolio lost everything in the period from {market.dates[row]}")
-        paid = earned.copy()
-        paid[0] = (1 - cost_bps / 1e4 * turnover[-1]) * (1 + earned[0]) - 1
+        earned = growth[1:] / growth[:-1] - 1 if drift else block @ target
+        # Without drift: what the last day made of the target, before the next trade.
+        held = wealth[-1] / growth[-1] if drift else target * (1 + block[-1]) / (1 + earned[-1])
+        charged = earned.copy()
+        charged[0] = (1 - paid) * (1 + earned[0]) - 1
         gross.append(earned)
-        net.append(paid)
+        net.append(charged)
     return Track(
         name=plan.name,
         dates=market.dates[plan.rows[0] : plan.stop],

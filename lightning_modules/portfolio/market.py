@@ -156,12 +156,10 @@ class Market:
         return moves
 
 
-def month_starts(dates: NDArray[np.datetime64], start: int, stop: int, every: int = 1) -> NDArray[np.int64]:
-    """Rows of the first session of each ``every``-th calendar month among rows ``start`` .. ``stop`` - 1.
+def month_starts(dates: NDArray[np.datetime64], start: int, stop: int) -> NDArray[np.int64]:
+    """Rows of the first session of each calendar month among rows ``start`` .. ``stop`` - 1.
 
     The first is ``start`` itself, whatever day it is, so that every row belongs to exactly one period.
     """
     months = dates[start:stop].astype("datetime64[M]").astype(np.int64)
-    first = np.flatnonzero(np.diff(months, prepend=months[:1] - 1)) + start
-    counted = months[first - start] - months[0]
-    return first[counted % every == 0]
+    return np.flatnonzero(np.diff(months, prepend=months[:1] - 1)) + start

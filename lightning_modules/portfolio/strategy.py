@@ -50,6 +50,8 @@ def without_first_of_month(market: Market) -> Market:
     if index is not None:
         index_moves = np.concatenate([[0.0], index[1:] / index[:-1] - 1])
         index = index[0] * np.cumprod(1 + index_moves[~first])
+    paid = market.last_price_row + 1
+    lost = (paid < len(market)) & first[np.minimum(paid, len(market) - 1)]
     return Market(
         dates=market.dates[~first],
         tickers=market.tickers,
@@ -59,7 +61,7 @@ def without_first_of_month(market: Market) -> Market:
         index_prices=index,
         sectors=market.sectors,
         sector_names=market.sector_names,
-        delisting_returns=market.delisting_returns,
+        delisting_returns=np.where(lost, np.nan, market.delisting_returns),
     )
 
 

@@ -192,12 +192,13 @@ def control_arms(frame: Frame, rules: Rules, clusterers: Sequence[Clusterer]) ->
         strategy = cluster_strategy(frame, rules, no_representation, SectorClusters())
         arms.append(walk("sectors", "clusters", frame, rules, strategy))
     n_train_days = frame.train[1] - frame.train[0]
-    for name, weighting in {
+    allocations: dict[str, Weighting] = {
         "1/N": EqualWeight(),
         "inverse volatility": InverseVolatility(),
         "minimum variance": MinimumVariance(),
         "HRP": HierarchicalRiskParity(),
-    }.items():
+    }
+    for name, weighting in allocations.items():
         allocation = AllocationStrategy(weighting, n_train_days, rules.weight_months, rules.min_observed)
         arms.append(walk(name, "allocation", frame, rules, allocation))
     if frame.market.index_prices is not None:

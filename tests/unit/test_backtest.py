@@ -81,11 +81,25 @@ def test_single_stock_earns_its_prices_through_gaps_and_delisting():
 
 def test_what_delisted_stays_in_cash_until_the_next_rebalance():
     market = market_of([[1.0, 1], [1, 1], [NAN, 1], [NAN, 2], [NAN, 2]], delisting=[-1.0, NAN])
-    track = hold(make_plan("half", market, always(0.5, 0.5), np.array([1, 4]), 5), market)
+    first_half = [np.array([0.5, 0.5]), np.array([0.0, 1.0])]
+    plan = make_plan("half", market, lambda past, number: Decision(first_half[number]), np.array([1, 4]), 5)
+    track = hold(plan, market)
     # half is lost on the day after the last price; the other half doubles
     np.testing.assert_allclose(track.returns, [0, -0.5, 1, 0], rtol=1e-15)
     np.testing.assert_array_equal(track.drifted[1], [0, 1])
-    assert track.turnover[1] == 1.0
+    assert track.turnover[1] == 0.0
+
+
+def test_weight_on_a_stock_without_a_price_the_day_before_is_refused():
+    market = market_of([[1.0, 1], [1, 1], [NAN, 1], [NAN, 2]])
+    with pytest.raises(ValueError, match="half, 2020-01-04: weight on A, without a price the day before"):
+        make_plan("half", market, always(0.5, 0.5), np.array([1, 3]), 4)
+
+
+def test_costs_that_eat_everything_are_refused():
+    plan = make_plan("half", TWO, always(0.5, 0.5), np.array([1]), 6)
+    with pytest.raises(ValueError, match="half: the portfolio lost everything in the period from"):
+        hold(plan, TWO, cost_bps=10_000)
 
 
 def test_stock_that_was_never_quoted_earns_nothing():
@@ -193,7 +207,6 @@ def test_months_start_at_their_first_session_and_no_day_is_lost():
     starts = month_starts(dates, 0, len(dates))
     assert dates[starts].astype(str).tolist() == ["2020-01-30", "2020-02-03", "2020-03-02", "2020-04-01", "2020-05-01"]
     assert month_starts(dates, 5, len(dates)).tolist() == [5, *starts[2:].tolist()]
-    assert dates[month_starts(dates, 0, len(dates), every=3)].astype(str).tolist() == ["2020-01-30", "2020-04-01"]
 
 
 def test_daily_rate_compounds_to_the_annual_one():

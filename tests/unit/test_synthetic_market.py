@@ -33,6 +33,15 @@ def test_one_seed_one_market():
     assert (first.prices != other.prices).any(axis=0).all()
 
 
+def test_market_has_the_stated_mean_and_volatility():
+    market = synthetic_market(1, 50_001, market_premium=0.06, market_volatility=0.16, seed=0)
+    factor = market.index_prices[1:] / market.index_prices[:-1] - 1
+    # the mean of 198 years of 16 % a year has s.d. 0.0114
+    assert factor.mean() * 252 == pytest.approx(0.06, abs=4 * 0.0114)
+    # squares of a GARCH of such persistence and tails are no better known than to some per cent
+    assert factor.std() * np.sqrt(252) == pytest.approx(0.16, rel=0.1)
+
+
 def test_factors_explain_what_they_should():
     """Regress each stock on the index: the slopes are the betas, uniform in the range asked for."""
     market = synthetic_market(400, 2000, market_beta=(0.5, 1.5), seed=0)

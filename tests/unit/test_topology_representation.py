@@ -201,7 +201,7 @@ def test_arguments_that_are_not_allowed_are_named(arguments, message):
 
 
 def test_windows_that_are_too_short_or_not_finite_are_named():
-    with pytest.raises(ValueError, match="max_delay or give dimension|lower max_dimension or max_delay"):
+    with pytest.raises(ValueError, match="needs at least 362 days, got 160: lower max_dimension or max_delay"):
         TopologicalRepresentation(cache_dir=None, progress=False).fit(returns_of())
     returns = returns_of()
     returns[2, 3] = np.nan
