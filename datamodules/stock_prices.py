@@ -204,6 +204,16 @@ class StockPricesDataModule(LightningDataModule):
         """A."""
         return len(self.panel.tickers)
 
+    def report_facts(self) -> dict[str, Any]:
+        """Files, split and flags; plain values for JSON."""
+        return {
+            "prices": [path.name for path in resolve_paths(self._paths, endings=TABLE_ENDINGS)],
+            "split": self._split(),
+            "n_stocks": self.n_stocks,
+            "train_digest": self._train_digest(),
+            "flags": list(self.panel.flags),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """What the model was trained on: the split, and a digest of tickers, days and prices of the train window."""
         return {"split": json.dumps(self._split(), sort_keys=True), "train_digest": self._train_digest()}

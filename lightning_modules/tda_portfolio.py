@@ -14,6 +14,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lightning_modules.portfolio.backtest import Plan, Track
 from lightning_modules.portfolio.clusterers import Clusterer, Labels, Stocks, standardised
@@ -251,6 +252,7 @@ class TDAPortfolioClusterer(LightningModule):
         embedding = standardised(represent(stocks))
         grouped = [c(Stocks(embedding, stocks.filled_returns(), stocks.sectors)) for c in self.clusterers]
         n_clusters = int(grouped[0].max()) + 1
+        seeds = tqdm(range(self.n_random), desc="random clusters", disable=None, leave=False)  # on a terminal
         diagrams = getattr(self.representation, "diagrams", None)
         returns = torch.from_numpy(np.ascontiguousarray(stocks.filled_returns().T))
         return Study(
@@ -259,7 +261,7 @@ class TDAPortfolioClusterer(LightningModule):
             train=frame.train,
             test=frame.test,
             arms=tuple(arms),
-            random_arms=tuple(random_arms(frame, rules, n_clusters, range(self.n_random))),
+            random_arms=tuple(random_arms(frame, rules, n_clusters, seeds)),
             columns=columns,
             embedding=embedding,
             labels=grouped[0],

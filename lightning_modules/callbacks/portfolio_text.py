@@ -184,6 +184,9 @@ def _universe(found: Findings) -> list[str]:
         f"Universe: {panel['n_stocks']} stocks, {panel['n_eligible']} eligible at the first rebalance, train "
         f"{panel['train'][0]} to {panel['train'][1]}. "
     )
+    prices = found.get("data", {}).get("prices")
+    if prices:
+        said += f"Prices: {', '.join(prices)}. "
     if panel["n_left_in_test"]:
         return [said + f"{panel['n_left_in_test']} of these have their last price inside the test."]
     return [

@@ -6,7 +6,7 @@ and selected once, in the train window. ``causal_rolling``: all that anew every 
 length. In the last two, whatever holds on a day was known at the close before it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -206,7 +206,7 @@ def control_arms(frame: Frame, rules: Rules, clusterers: Sequence[Clusterer]) ->
     return arms
 
 
-def random_arms(frame: Frame, rules: Rules, n_clusters: int, seeds: Sequence[int]) -> list[Arm]:
+def random_arms(frame: Frame, rules: Rules, n_clusters: int, seeds: Iterable[int]) -> list[Arm]:
     """Clusters by lot under the same rules, one arm a seed."""
     return [
         walk(

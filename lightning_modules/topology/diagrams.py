@@ -126,7 +126,8 @@ def _computed(
         delayed(rips.fit_transform)([_distances(points) for points in chunk]) for chunk in chunks
     )
     found: list[Diagram] = []
-    with tqdm(total=len(clouds), desc="persistence diagrams", unit="stock", disable=not progress) as bar:
+    hidden = None if progress else True  # None: shown on a terminal, not in a log file
+    with tqdm(total=len(clouds), desc="persistence diagrams", unit="stock", disable=hidden, leave=False) as bar:
         for part in parts:
             found += unpack(part, degrees)
             bar.update(len(part))
