@@ -2,5 +2,6 @@
 
 from datamodules.interactions import InteractionsDataModule
 from datamodules.stock_prices import StockPricesDataModule
+from datamodules.time_series import TimeSeriesDataModule
 
-__all__ = ["InteractionsDataModule", "StockPricesDataModule"]
+__all__ = ["InteractionsDataModule", "StockPricesDataModule", "TimeSeriesDataModule"]

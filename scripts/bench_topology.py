@@ -6,9 +6,9 @@
 The training returns of 2015-2016 of the complete stocks, z-scored, embedded with dimension 4, delay 8 and stride 5, in
 degrees 0 to 2. Without a folder (or SEQLIT_DATA) a synthetic market of the same size stands in for the prices. Variants
 run in turn, round after round, so that a busy neighbour slows all of them alike; medians and interquartile ranges are
-over rounds, ratios are medians of the ratios within a round. Worker processes are started before the first round that
-counts; what starting them costs is printed. Before anything is timed the diagrams of all variants are compared, and
-nothing is reported if one differs.
+over rounds, ratios are medians of the ratios within a round. Two workers need two idle cores: the load beforehand is
+printed. Their processes are started before the first round that counts, in a call whose time is printed. The diagrams
+of all variants are compared first, and nothing is reported if one differs.
 
 Then 36 windows of 504 days, a month apart, with the faster backend and two workers, as in a rolling backtest: all of
 them, or with ``--quick`` three, scaled.
@@ -45,7 +45,7 @@ N_WINDOWS, WINDOW_DAYS, MONTH_DAYS = 36, 504, 21
 
 def daily_returns(folder: str | None) -> tuple[NDArray[np.float64], str]:
     """Returns ``(A, T)`` of stocks with every price, and where they are from."""
-    if folder is None:
+    if not folder:
         return synthetic_market(451, 1259, seed=0).returns[1:].T, "synthetic market"
     prices = pl.read_parquet(Path(folder) / "adj_close.parquet").drop("Date").to_numpy().astype(np.float64)
     prices = prices[:, ~np.isnan(prices).any(axis=0)]
@@ -82,7 +82,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error(f"--repeats must be at least 2, got {args.repeats}")
+    if args.folder and not (Path(args.folder) / "adj_close.parquet").is_file():
+        parser.error(f"folder must hold adj_close.parquet, got {args.folder}")
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     returns, source = daily_returns(args.folder)
     values = scale_returns(returns[:, :497], "zscore").values  # 2015-2016
     clouds = [embed(series, 4, 8, 5) for series in values]
@@ -106,7 +109,7 @@ def main() -> None:
     print(
         f"CPU, {os.cpu_count()} cores, one thread a worker; giotto-tda {gtda.__version__}, gudhi {gudhi.__version__}, "
         f"NumPy {np.__version__}; {source}: {len(clouds)} stocks, clouds {clouds[0].shape} float64, degrees 0-2, "
-        f"{bars} bars; load {os.getloadavg()[0]:.1f}; medians (IQR) of {args.repeats} interleaved rounds\n"
+        f"{bars} bars; load {load:.1f}; medians (IQR) of {args.repeats} interleaved rounds\n"
     )
     print("| backend | workers | s | two workers over one | giotto over gudhi |")
     print("|---|---|---|---|---|")
@@ -117,8 +120,7 @@ def main() -> None:
             f"| {backend} | {n_workers} | {spread(seconds)} | {spread(faster) if n_workers == 2 else '-'} "
             f"| {spread(lighter) if backend == 'gudhi' else '-'} |"
         )
-    start_up = first["giotto", 2][0] - statistics.median(times["giotto", 2])
-    print(f"\nStarting two processes and importing giotto-tda in them: {start_up:.1f} s, once.\n")
+    print(f"\nThe first call with two giotto workers, which starts their processes: {first['giotto', 2][0]:.2f} s\n")
 
     print("| vectors of these diagrams | D | ms |")
     print("|---|---|---|")

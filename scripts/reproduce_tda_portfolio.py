@@ -230,7 +230,7 @@ def table(arms: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     yield f"| {' | '.join(heads)} |"
     yield "|---" * 7 + "|"
     for name, runs in arms.items():
-        low, high = runs[0]["interval"]
+        low, high = sorted(runs, key=lambda run: run["sharpe"])[len(runs) // 2]["interval"]  # of the median seed
         cells = [
             spread([run["annual_return"] for run in runs], "{:.3f}"),
             spread([run["volatility"] for run in runs], "{:.3f}"),

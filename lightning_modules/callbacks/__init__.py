@@ -1,5 +1,6 @@
 """Lightning callbacks: what runs write, print and remember."""
 
+from lightning_modules.callbacks.adversarial_training import AdversarialTraining
 from lightning_modules.callbacks.portfolio_report import PortfolioReport
 from lightning_modules.callbacks.portfolio_writer import PortfolioWriter
 from lightning_modules.callbacks.predictions import RecommendationWriter
@@ -8,6 +9,7 @@ from lightning_modules.callbacks.ranking_report import RankingReport
 from lightning_modules.callbacks.run_record import EpochLines, LastCheckpoint
 
 __all__ = [
+    "AdversarialTraining",
     "EpochLines",
     "LastCheckpoint",
     "PortfolioReport",

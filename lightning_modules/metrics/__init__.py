@@ -1,5 +1,25 @@
-"""Ranking metrics: pure functions, their ``torchmetrics`` classes, and bootstrap intervals over users."""
+"""Metrics as pure functions and as ``torchmetrics`` classes: of rankings, and of concealed attacks.
 
+Rankings have bootstrap intervals over users; the functions of attacks are in ``attack_functional``.
+"""
+
+from lightning_modules.metrics.attack_metrics import (
+    AttackSuccessRate,
+    Concealability,
+    DetectionRate,
+    DetectorAccuracy,
+    DetectorAUC,
+    DetectorF1,
+    Effectiveness,
+    FoolingRate,
+    HiddenProbability,
+    JointSuccess,
+    MeanDTW,
+    PerturbationNorm,
+    RoughnessRatio,
+    StepsToFlip,
+    SuccessF,
+)
 from lightning_modules.metrics.bootstrap import (
     Interval,
     mean_interval,
@@ -23,11 +43,26 @@ __all__ = [
     "MAP",
     "MRR",
     "NDCG",
+    "AttackSuccessRate",
+    "Concealability",
     "Coverage",
+    "DetectionRate",
+    "DetectorAUC",
+    "DetectorAccuracy",
+    "DetectorF1",
+    "Effectiveness",
+    "FoolingRate",
+    "HiddenProbability",
     "HitRate",
     "Interval",
+    "JointSuccess",
+    "MeanDTW",
+    "PerturbationNorm",
     "Precision",
     "Recall",
+    "RoughnessRatio",
+    "StepsToFlip",
+    "SuccessF",
     "Surprisal",
     "mean_interval",
     "mean_intervals",

@@ -1,7 +1,12 @@
 """Plain ``nn.Module`` networks, free of Lightning."""
 
+from lightning_modules.networks.patch_tst import PatchTST
+from lightning_modules.networks.recurrent import LSTM, RNNAttention
 from lightning_modules.networks.repeat import RepeatMixture
+from lightning_modules.networks.res_cnn import ResCNN
 from lightning_modules.networks.return_autoencoders import ConvAutoencoder, LSTMAutoencoder, WindowAutoencoder
+from lightning_modules.networks.series_network import NetworkFactory, SeriesNetwork
+from lightning_modules.networks.state_space import S4
 from lightning_modules.networks.transformer import (
     PreNormBlock,
     PublishedBlock,
@@ -11,13 +16,20 @@ from lightning_modules.networks.transformer import (
 )
 
 __all__ = [
+    "LSTM",
+    "S4",
     "ConvAutoencoder",
     "LSTMAutoencoder",
+    "NetworkFactory",
+    "PatchTST",
     "PreNormBlock",
     "PublishedBlock",
+    "RNNAttention",
     "RepeatMixture",
+    "ResCNN",
     "SelfAttention",
     "SequenceEncoder",
+    "SeriesNetwork",
     "WindowAutoencoder",
     "causal_mask",
 ]

@@ -1,7 +1,7 @@
 """Persistent homology of return series: delay embedding, diagrams, and vectors of diagrams.
 
-Only :mod:`~lightning_modules.topology.vectorisers` needs scikit-learn when imported, and only computing diagrams needs
-giotto-tda or gudhi; all come with the extra ``[tda]``.
+Importing this needs neither scikit-learn, which :mod:`~lightning_modules.topology.vectorisers` imports, nor giotto-tda
+or gudhi, which compute the diagrams. All come with the extra ``[tda]``.
 """
 
 from lightning_modules.topology.diagrams import persistence_diagrams

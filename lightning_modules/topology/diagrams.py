@@ -53,7 +53,7 @@ def persistence_diagrams(
         n_workers: Processes; results do not depend on it.
         cache_dir: Folder in which the diagrams of a call are kept in one file, by content of clouds and degrees; a
             damaged file is computed anew. None keeps nothing.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, on a terminal.
 
     Returns:
         A diagrams, each with every one of ``degrees``.

@@ -64,7 +64,7 @@ class TopologicalRepresentation(nn.Module):
         backend: ``giotto`` or ``gudhi``: the same diagrams, about three times as fast.
         n_workers: Processes for the diagrams.
         cache_dir: Folder in which diagrams are kept; None keeps none.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, on a terminal.
 
     Raises:
         ValueError: If an argument is not allowed.

@@ -240,6 +240,7 @@ def test_outliers_are_clipped_and_counted():
     stretched = PersistenceImage((1,), quantiles=WHOLE).fit(diagrams)
     assert stretched.n_clipped_.tolist() == [0]
     assert stretched.high_[0].tolist() == [40.0, 50.0]
+    assert PersistenceImage((1,), grid="per_stock").fit(diagrams).n_clipped_.tolist() == [0]
 
 
 @pytest.mark.parametrize("vectoriser", ALL, ids=repr)

@@ -1,0 +1,78 @@
+"""Random numbers that belong to a series, not to its place in a batch.
+
+A number is a hash of (seed, series, draw, position). The same series therefore meets the same noise whatever the batch
+size, the order and the other series, which a stream shared by the batch cannot give.
+"""
+
+import torch
+from torch import Tensor
+
+GOLDEN = -7046029254386353131
+"""0x9E3779B97F4A7C15 as int64: the increment of SplitMix64."""
+FIRST_MIX = -4658895280553007687  # 0xBF58476D1CE4E5B9
+SECOND_MIX = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch shifts int64 arithmetically."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """Finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) on int64 that wraps around."""
+    value = (value ^ _shift_right(value, 30)) * FIRST_MIX
+    value = (value ^ _shift_right(value, 27)) * SECOND_MIX
+    return value ^ _shift_right(value, 31)
+
+
+class SeriesNoise:
+    """Draws for B series, each from a stream of its own.
+
+    Args:
+        index: ``(B,) int64`` number of each series; equal numbers get equal noise.
+        generator: Gives the seed, by one draw when noise is first asked for. None takes torch's default generator.
+        dtype: Floating dtype of the draws.
+    """
+
+    def __init__(self, index: Tensor, generator: torch.Generator | None, dtype: torch.dtype) -> None:
+        self._index = index
+        self._generator = generator
+        self._dtype = dtype
+        self._streams: Tensor | None = None
+        self._n_draws = 0
+
+    def _hash(self, shape: tuple[int, ...]) -> Tensor:
+        device = self._index.device
+        if self._streams is None:
+            source = self._generator.device if self._generator is not None else torch.device("cpu")
+            seed = torch.randint(2**62, (1,), generator=self._generator, device=source).to(device)
+            self._streams = _mix(self._index * GOLDEN + _mix(seed + GOLDEN))
+        self._n_draws += 1
+        n_values = torch.Size(shape).numel()
+        positions = torch.arange(n_values, device=device) * GOLDEN
+        keys = _mix(self._streams + self._n_draws)
+        return _mix(keys[:, None] + positions).reshape(len(self._index), *shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """``(B, *shape) float`` uniform strictly inside 0..1, on a grid of ``2^-23``."""
+        bits = _shift_right(self._hash(shape), 41)
+        return ((bits.double() + 0.5) * 2.0**-23).to(self._dtype)
+
+    def normal(self, *shape: int) -> Tensor:
+        """``(B, *shape) float`` standard normal, by the inverse distribution function."""
+        return torch.special.ndtri(self.uniform(*shape))
+
+    def signs(self, *shape: int) -> Tensor:
+        """``(B, *shape) float``, -1 or 1 with equal chance."""
+        return ((self._hash(shape) >= 0).to(self._dtype) - 0.5) * 2
+
+    def integers(self, high: int | Tensor, *shape: int) -> Tensor:
+        """``(B, *shape) int64`` uniform in ``0..high - 1``.
+
+        Args:
+            high: Exclusive bound, at least 1 and below ``2^23``; a ``(B,)`` tensor bounds each series.
+            shape: Trailing axes.
+        """
+        if isinstance(high, Tensor):
+            high = high.reshape(-1, *[1] * len(shape))
+        return (self.uniform(*shape).double() * high).long()
