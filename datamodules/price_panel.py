@@ -92,15 +92,17 @@ class Panel:
     def eligible_to_train(self) -> NDArray[np.int64]:
         """Columns that the train window itself shows to be usable.
 
-        A member with a price on its last day, and with a return on at least 95 % of its days from the second on.
+        A member with a return on its last day, and on at least 95 % of its days from the second on.
         """
         last, window = self.train_stop - 1, self.returns[self.train_start + 1 : self.train_stop]
         observed = (~np.isnan(window)).mean(0) if len(window) else np.zeros(len(self.tickers))
-        usable = self.member[last] & ~np.isnan(self.prices[last]) & (observed >= 1 - MOST_MISSING)
+        usable = self.member[last] & ~np.isnan(self.returns[last]) & (observed >= 1 - MOST_MISSING)
         return np.flatnonzero(usable)
 
 
-def aligned_index(calendar: Days, dates: Days, values: Array, max_missing: int, name: str) -> tuple[Array, list[str]]:
+def aligned_index(
+    calendar: Days, dates: Days, values: Array, max_missing: int, name: str, start: int = 0
+) -> tuple[Array, list[str]]:
     """The index on the days of the prices.
 
     Args:
@@ -109,19 +111,22 @@ def aligned_index(calendar: Days, dates: Days, values: Array, max_missing: int, 
         values: ``(n,)`` its values.
         max_missing: How many days of the calendar the index may lack; its last value is carried over them.
         name: Of the index file, for messages.
+        start: First row that is used; before it the index may be unknown.
 
     Returns:
-        ``(T,)`` values, and flags.
+        ``(T,)`` values, NaN before the first, and flags.
 
     Raises:
-        ValueError: If the index lacks more days, or begins after the prices.
+        ValueError: If the index lacks more days from ``start`` on, or begins after it.
     """
     latest = np.searchsorted(dates, calendar, side="right") - 1
     missing = (latest < 0) | (dates[np.maximum(latest, 0)] != calendar)
-    if missing.sum() > max_missing or missing[0]:
+    before = latest < 0
+    missing[:start] = False
+    if missing.sum() > max_missing or missing[start]:
         raise ValueError(
-            f"{name}: the index lacks {missing.sum()} of {len(calendar)} price days ({_days(calendar[missing])}); "
-            f"at most {max_missing} may be lacking, and not the first"
+            f"{name}: the index lacks {missing.sum()} of {len(calendar) - start} price days "
+            f"({_days(calendar[missing])}); at most {max_missing} may be lacking, and not the first"
         )
     flags = []
     if missing.any():
@@ -129,7 +134,7 @@ def aligned_index(calendar: Days, dates: Days, values: Array, max_missing: int, 
     n_extra = int((~np.isin(dates, calendar)).sum())
     if n_extra:
         flags.append(f"{name}: {n_extra} days of the index are none of the prices: left aside")
-    return values[latest], flags
+    return np.where(before, np.nan, values[np.maximum(latest, 0)]), flags
 
 
 def membership(

@@ -14,6 +14,7 @@ from datamodules.sources.prices import PriceTable
 
 Gaps = Literal["causal", "published"]
 
+_LONGEST_STEP = 2  # calendar days: of five sessions a week the median step is 1
 MOST_MISSING = 0.05
 """Share of days that a stock may lack: under the published rule, and to be among the train windows."""
 
@@ -78,15 +79,38 @@ def published_selection(prices: Array) -> tuple[NDArray[np.int64], NDArray[np.in
     return rows, columns
 
 
+def sessions(table: PriceTable, name: str) -> tuple[PriceTable, list[str]]:
+    """Leave out days without any price, such as the holidays of a calendar of business days.
+
+    Args:
+        table: Prices.
+        name: Of them, for messages.
+
+    Returns:
+        The table, and a flag if days were left out.
+
+    Raises:
+        ValueError: If the days are not daily: everything is annualised by 252 sessions a year.
+    """
+    held = ~np.isnan(table.prices).all(1)
+    flags = [] if held.all() else [f"{name}: {(~held).sum()} days without any price are left out"]
+    dates = table.dates[held]
+    step = float(np.median(np.diff(dates).astype(np.int64))) if len(dates) > 1 else 1.0
+    if step > _LONGEST_STEP:
+        raise ValueError(f"{name}: daily prices are needed, the median step between its {len(dates)} days is {step:g}")
+    return PriceTable(dates, table.tickers, table.prices[held]), flags
+
+
 def without_price_errors(
     table: PriceTable, check: PriceTable, max_disagreement: float, names: tuple[str, str]
 ) -> tuple[Array, list[str]]:
     """Replace moves that a second source does not know.
 
-    Where the returns r of the table and c of the second one, between the same two neighbouring days, differ by more
-    than ``max_disagreement`` and c is the smaller move, |c| < |r|, the return becomes c: all prices of the stock from
-    that day on are multiplied by (1 + c) / (1 + r), which leaves its other returns and its earlier prices as they
-    are. Where c is the larger move the table stays, with a flag: there the second source lacks a dividend or a
+    Let r and c be the returns of the table and of the second one between the same two neighbouring days. Where
+    |log (1 + r) / (1 + c)| exceeds log (1 + ``max_disagreement``) and c is the smaller move, |log (1 + c)| < |log (1 +
+    r)|, the return becomes c: all prices of the stock from that day on are multiplied by (1 + c) / (1 + r), which
+    leaves its other returns and its earlier prices as they are. Logarithms, so that a spike and its way back are
+    judged alike. Where c is the larger move the table stays, with a flag: there the second source lacks a dividend or a
     spin-off that the table accounts for.
 
     Args:
@@ -107,8 +131,9 @@ def without_price_errors(
     compared = np.full((len(table.dates), len(ours)), np.nan)
     compared[at] = check.prices[np.ix_(there, theirs)]
     returns, checks = simple_returns(table.prices[:, ours]), simple_returns(compared)
-    disagree = np.abs(returns - checks) > max_disagreement
-    wrong = disagree & (np.abs(checks) < np.abs(returns))
+    moves, known = np.log1p(returns), np.log1p(checks)
+    disagree = np.abs(moves - known) > np.log1p(max_disagreement)
+    wrong = disagree & (np.abs(known) < np.abs(moves))
     ratios = np.where(wrong, (1 + checks) / (1 + returns), 1.0)
     prices = table.prices.copy()
     prices[:, ours] *= np.cumprod(ratios, axis=0)

@@ -68,17 +68,21 @@ def cut_windows(panel: Panel, length: int, validation_windows: int) -> tuple[Ret
         Windows to train on and held out. If a stock has one window only, both are that one.
 
     Raises:
-        ValueError: If no window fits, none is left to train on, or no stock is eligible.
+        ValueError: If none is left to train on, or no stock is eligible.
     """
     n_returns = panel.train_stop - panel.train_start - 1
+    if length > n_returns:
+        # Only networks that are trained read windows, and they refuse another length themselves.
+        logger.warning(
+            "window_length %d is longer than the %d returns of the train window: cut to it", length, n_returns
+        )
+        length = n_returns
     n_windows = n_returns // length
-    if n_windows == 0:
-        raise ValueError(f"window_length {length} is longer than the {n_returns} returns of the train window")
     stocks = panel.eligible_to_train()
     if len(stocks) == 0:
         raise ValueError(
             f"no stock of {len(panel.tickers)} is eligible on {panel.dates[panel.train_stop - 1]}: a member, with "
-            "a price that day and a return on 95 % of the days of the train window"
+            "a return that day and on 95 % of the days of the train window"
         )
     stops = panel.train_stop - length * np.arange(n_windows)[::-1]
     logger.info("train window: %d of %d stocks, %d windows each", len(stocks), len(panel.tickers), n_windows)

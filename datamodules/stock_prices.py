@@ -1,6 +1,5 @@
 """StockPricesDataModule: daily prices of many stocks to windows of returns and a panel for walk-forward tests."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from datamodules.price_rules import (
     causal_returns,
     last_rows,
     published_selection,
+    sessions,
     simple_returns,
     without_price_errors,
 )
@@ -29,6 +29,9 @@ from datamodules.sources.universe import read_delistings, read_membership, read_
 from datamodules.walk_forward import Fold, periods_of
 
 Batch = dict[str, Any]
+
+_SAME_GROWTH = 1e-3
+"""Largest difference of log returns over the train window that rounding of adjusted prices may make."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +70,15 @@ class StockPricesDataModule(LightningDataModule):
             lasts. None: always a member.
         delistings_path: Table ``ticker, date, return``: simple return of the first session after the last price.
         check_paths: Second source of the same prices and layout, such as ``close`` beside ``adj_close``; a move that
-            is much smaller there is replaced and flagged, see :func:`datamodules.price_panel.without_price_errors`.
+            is much smaller there is replaced and flagged, see :func:`datamodules.price_rules.without_price_errors`.
         max_disagreement: By how much returns of the two may differ, above 0.
         exclude: Tickers to leave out.
         train_start: First day of the train window; None is the first session.
         test_start: First day of the test.
         test_end: Last day of the test; None is the last session.
         purge_days: Sessions left out between train and test, at least 0.
-        gaps: ``causal``: no day is deleted, see :func:`datamodules.price_panel.causal_returns`. ``published``: see
-            :func:`datamodules.price_panel.published_selection`, applied to ``train_start`` .. ``test_end``; other
+        gaps: ``causal``: no day is deleted, see :func:`datamodules.price_rules.causal_returns`. ``published``: see
+            :func:`datamodules.price_rules.published_selection`, applied to ``train_start`` .. ``test_end``; other
             days are cut off.
         max_fill_days: Sessions over which a price is carried, and days that the index may lack, at least 0.
         window_length: L, at least 1.
@@ -210,28 +213,40 @@ class StockPricesDataModule(LightningDataModule):
             "prices": [path.name for path in resolve_paths(self._paths, endings=TABLE_ENDINGS)],
             "split": self._split(),
             "n_stocks": self.n_stocks,
-            "train_digest": self._train_digest(),
             "flags": list(self.panel.flags),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What the model was trained on: the split, and a digest of tickers, days and prices of the train window."""
-        return {"split": json.dumps(self._split(), sort_keys=True), "train_digest": self._train_digest()}
+        """What the model was trained on: the split, and what each stock grew by in the train window.
+
+        Growth, not prices: an adjusted price of long ago changes with every later dividend, its returns do not.
+        """
+        tickers, growth = self._train_growth()
+        return {"split": json.dumps(self._split(), sort_keys=True), "tickers": tickers, "train_growth": growth}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a checkpoint was trained on the train window that is here.
 
         Raises:
-            ValueError: If it was split otherwise, or trained on other tickers, days or prices.
+            ValueError: If it was split otherwise, or trained on other tickers or returns.
         """
         there, here = json.loads(state_dict["split"]), self._split()
         for name, value in here.items():
             if there.get(name) != value:
                 raise ValueError(f"checkpoint was trained with {name} {there.get(name)!r}, here it is {value!r}")
-        if state_dict["train_digest"] != self._train_digest():
+        tickers, growth = self._train_growth()
+        if state_dict["tickers"] != tickers:
+            other = sorted(set(state_dict["tickers"]) ^ set(tickers))
             raise ValueError(
-                f"checkpoint was trained on the train window {state_dict['train_digest']}, the files here give "
-                f"{self._train_digest()}: tickers, days or prices differ"
+                f"checkpoint was trained on {len(state_dict['tickers'])} tickers, here {len(tickers)} have a price in "
+                f"the train window; {len(other)} are not in both, such as {', '.join(other[:3])}"
+            )
+        off = np.abs(np.subtract(state_dict["train_growth"], growth))
+        if off.max(initial=0) > _SAME_GROWTH:
+            worst = int(off.argmax())
+            raise ValueError(
+                f"checkpoint was trained on other prices: {tickers[worst]} grew by a log return of "
+                f"{state_dict['train_growth'][worst]:.4f} in the train window there, {growth[worst]:.4f} here"
             )
 
     def _split(self) -> dict[str, Any]:
@@ -246,19 +261,23 @@ class StockPricesDataModule(LightningDataModule):
             "validation_windows": self._validation_windows,
         }
 
-    def _train_digest(self) -> str:
-        window = slice(self.panel.train_start, self.panel.train_stop)
-        digest = hashlib.blake2b(json.dumps(self.panel.tickers).encode(), digest_size=8)
-        digest.update(self.panel.dates[window].astype(np.int64).tobytes())
-        # NaN has many bit patterns, so a missing price goes in as a number that none can have.
-        digest.update(np.nan_to_num(self.panel.prices[window], nan=-1.0).tobytes())
-        return digest.hexdigest()
+    def _train_growth(self) -> tuple[list[str], list[float]]:
+        """Tickers with a price in the train window, and the log return of each from its first one to its last."""
+        panel = self.panel
+        prices = panel.prices[panel.train_start : panel.train_stop]
+        observed = ~np.isnan(prices)
+        columns = np.flatnonzero(observed.any(0))
+        first = prices[observed.argmax(0)[columns], columns]
+        last = prices[len(prices) - 1 - observed[::-1].argmax(0)[columns], columns]
+        return [panel.tickers[column] for column in columns], np.log(last / first).tolist()
 
     def _read_panel(self) -> Panel:
         tickers = None if self._tickers_path is None else read_tickers(Path(self._tickers_path))
         paths = resolve_paths(self._paths, endings=TABLE_ENDINGS)
-        table = read_prices(paths, self._columns, tickers=tickers, exclude=self._exclude)
-        prices, flags = self._mended(table, paths[0].name if len(paths) == 1 else "paths")
+        name = paths[0].name if len(paths) == 1 else "paths"
+        table, flags = sessions(read_prices(paths, self._columns, tickers=tickers, exclude=self._exclude), name)
+        prices, more = self._mended(table, name)
+        flags += more
         dates, names = table.dates, table.tickers
         periods, more = self._periods(dates)
         flags += more
@@ -267,7 +286,9 @@ class StockPricesDataModule(LightningDataModule):
         if self._index_paths is not None:
             files = resolve_paths(self._index_paths, argument="index_paths", endings=TABLE_ENDINGS)
             known = read_index(files, self._columns.date, self._index_column)
-            index, more = aligned_index(dates, *known, self._max_fill_days, files[0].name)
+            # The return of the first day of the train window starts from the close before it.
+            used = max(periods.train_start - 1, 0)
+            index, more = aligned_index(dates, *known, self._max_fill_days, files[0].name, used)
             flags += more
         member = np.ones(prices.shape, dtype=bool)
         if self._membership_path is not None:
@@ -286,7 +307,8 @@ class StockPricesDataModule(LightningDataModule):
             rows, columns = published_selection(prices[start:stop])
             rows += start
             flags.append(
-                f"gaps='published': {len(columns)} of {len(names)} stocks and {len(rows)} of {stop - start} days kept"
+                f"gaps='published' looks ahead, over the test too: {len(columns)} of {len(names)} stocks and "
+                f"{len(rows)} of {stop - start} days kept"
             )
             dates, names = dates[rows], tuple(names[column] for column in columns)
             prices, member = prices[np.ix_(rows, columns)], member[np.ix_(rows, columns)]

@@ -6,7 +6,6 @@ Source: arXiv 2308.07944; where its protocol looks ahead, the causal one is the 
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,31 +22,41 @@ from lightning_modules.portfolio.metrics import clustering_scores
 from lightning_modules.portfolio.selection import TopSharpe
 from lightning_modules.portfolio.strategy import Selection
 from lightning_modules.portfolio.study import Study
-from lightning_modules.portfolio.walk import Frame, Mode, Rules, cluster_strategy, control_arms, random_arms, walk
-from lightning_modules.portfolio.weighting import MeanVariance, Weighting
+from lightning_modules.portfolio.walk import (
+    Frame,
+    Mode,
+    Rules,
+    cluster_strategy,
+    control_arms,
+    names_of,
+    random_arms,
+    walk,
+)
+from lightning_modules.portfolio.weighting import MeanVariance, PublishedMeanVariance, Weighting
 
 
-@dataclass(frozen=True)
 class Advice:
-    """What ``predict`` says.
+    """What ``predict`` says. No dataclass: Lightning would take one apart to move its tensors, and there are none.
 
-    Attributes:
+    Args:
         market: All days given.
         plan: Clusters and weights at every rebalance from the start of the test to the last day.
-        track: What they earned.
+        track: What they earned; ``track.held`` are the weights after the last day, drifted since the last rebalance.
         labels: ``(A,)`` clusters after the last day, of the latest window; -1 for stocks that are not eligible.
-        held: ``(A,)`` weights after the last day, drifted since the last rebalance.
         target: ``(A,)`` weights wanted for the next session.
         flags: What went other than asked for in the last decision.
     """
 
-    market: Market
-    plan: Plan
-    track: Track
-    labels: Labels
-    held: Array
-    target: Array
-    flags: tuple[str, ...]
+    def __init__(
+        self, *, market: Market, plan: Plan, track: Track, labels: Labels, target: Array, flags: tuple[str, ...]
+    ) -> None:
+        self.market = market
+        self.plan = plan
+        self.track = track
+        self.labels = labels
+        self.held = track.held
+        self.target = target
+        self.flags = flags
 
 
 class TDAPortfolioClusterer(LightningModule):
@@ -64,9 +73,9 @@ class TDAPortfolioClusterer(LightningModule):
     | ``causal`` | once, in the train window | yes |
     | ``causal_rolling`` | every ``refit_months``, in the window of equal length before | yes |
 
-    Weights are renewed every month. In the last two modes, whatever holds on a day was known at the close before it.
-    Trained networks stay as the fit left them; what is fitted without training (grids, delays) is fitted anew at a
-    refit.
+    Weights are renewed every month. Mode ``published`` weighs as published, free of charge, unless told otherwise. In
+    the last two modes, whatever holds on a day was known at the close before it. Trained networks stay as the fit left
+    them; what is fitted without training (grids, delays) is fitted anew at a refit.
 
     Logged: ``train/loss`` and ``val/loss`` of a trained network; ``val/silhouette``, ``val/davies_bouldin``,
     ``val/calinski_harabasz`` of the first clusterer.
@@ -76,13 +85,14 @@ class TDAPortfolioClusterer(LightningModule):
             :mod:`lightning_modules.portfolio.representations` for what else it may do.
         clusterers: One or more; each is an arm of the report, the first is in charge of ``predict``.
         selection: Picks stocks of each cluster; by default the two of largest Sharpe ratio.
-        weighting: Weights of the picks; by default mean-variance with at most 0.3 in a stock.
+        weighting: Weights of the picks; by default mean-variance with at most 0.3 in a stock, in mode ``published``
+            with the published target and solver.
         mode: See the table.
         weight_months: Calendar months of returns that weights are estimated on.
         refit_months: Months between refits in mode ``causal_rolling``.
         min_observed: Share of days of the window with a return that makes a stock eligible.
         risk_free: Annual.
-        cost_bps: Cost of a trade in basis points of what is traded.
+        cost_bps: Cost of a trade in basis points of what is traded; by default 10, in mode ``published`` 0.
         costs_bps: Costs for the picture of sensitivity.
         n_random: Random clusterings to compare with, by seed 0, 1, ...
         n_trials: Configurations tried so far, for the deflated Sharpe ratio; by default the clusterers.
@@ -106,7 +116,7 @@ class TDAPortfolioClusterer(LightningModule):
         refit_months: int = 12,
         min_observed: float = 0.95,
         risk_free: float = 0.03,
-        cost_bps: float = 10.0,
+        cost_bps: float | None = None,
         costs_bps: Sequence[float] = (0.0, 5.0, 10.0, 20.0, 50.0),
         n_random: int = 100,
         n_trials: int | None = None,
@@ -126,11 +136,11 @@ class TDAPortfolioClusterer(LightningModule):
         self.rules = Rules(
             mode=mode,
             selection=TopSharpe(risk_free=risk_free) if selection is None else selection,
-            weighting=MeanVariance() if weighting is None else weighting,
+            weighting=weighting or (PublishedMeanVariance() if mode == "published" else MeanVariance()),
             weight_months=weight_months,
             refit_months=refit_months,
             min_observed=min_observed,
-            cost_bps=cost_bps,
+            cost_bps=(0.0 if mode == "published" else 10.0) if cost_bps is None else cost_bps,
         )
         self.risk_free = risk_free
         self.costs_bps = tuple(costs_bps)
@@ -176,15 +186,14 @@ class TDAPortfolioClusterer(LightningModule):
         if self.is_trained:
             loss = self._loss(batch["windows"])
             self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["windows"]), sync_dist=True)
-        window = Frame.from_batch(batch, self.rules.mode).train_window
-        stocks = window.stocks(window.eligible(self.rules.min_observed))
+        stocks = Frame.from_batch(batch, self.rules.mode).first_stocks(self.rules)
         rows = self._represent(self.representation, stocks)
         embedding = standardised(rows)
         labels = self.clusterers[0](Stocks(embedding, stocks.filled_returns(), stocks.sectors))
         self.fitted = {
             "tickers": list(stocks.tickers),
-            "first_day": str(window.dates[0]),
-            "last_day": str(window.dates[-1]),
+            "first_day": str(stocks.dates[0]),
+            "last_day": str(stocks.dates[-1]),
             "rows": torch.from_numpy(rows),
             "labels": torch.from_numpy(labels),
         }
@@ -194,9 +203,10 @@ class TDAPortfolioClusterer(LightningModule):
     @torch.no_grad()
     def _represent(self, network: nn.Module, stocks: Market) -> Array:
         """Rows ``(E, D) float64`` of a window; a network that is fitted without training is fitted on it."""
-        device = "cpu" if self.device.type == "mps" else self.device  # mps has no float64
-        returns = torch.from_numpy(np.ascontiguousarray(stocks.filled_returns().T)).to(device)
-        index = None if stocks.index_returns is None else torch.from_numpy(stocks.index_returns).to(device)
+        # Networks compute in the dtype of their weights; what has none, in that of the panel.
+        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float64)
+        returns = torch.from_numpy(np.ascontiguousarray(stocks.filled_returns().T)).to(self.device, dtype)
+        index = None if stocks.index_returns is None else torch.from_numpy(stocks.index_returns).to(self.device, dtype)
         fit = getattr(network, "fit", None)
         if callable(fit) and not self.is_trained:
             fit(returns)
@@ -217,9 +227,8 @@ class TDAPortfolioClusterer(LightningModule):
         fitted = self.fitted
         if fitted is None:
             raise ValueError("nothing was clustered: run `seqlit fit`, with validation, before test or predict")
-        window = frame.train_window
-        stocks = window.stocks(window.eligible(self.rules.min_observed))
-        here, there = (str(window.dates[-1]), list(stocks.tickers)), (fitted["last_day"], fitted["tickers"])
+        stocks = frame.first_stocks(self.rules)
+        here, there = (str(stocks.dates[-1]), list(stocks.tickers)), (fitted["last_day"], fitted["tickers"])
         if here != there:
             raise ValueError(
                 f"the checkpoint clustered {len(there[1])} stocks up to {there[0]}, the panel here has {len(here[1])} "
@@ -240,19 +249,18 @@ class TDAPortfolioClusterer(LightningModule):
         """Walk every arm through the test period; the report callback reads what is returned."""
         frame, rules = Frame.from_batch(batch, self.rules.mode), self.rules
         represent = self._represent_by_fit(frame)
-        strategies = [cluster_strategy(frame, rules, represent, clusterer) for clusterer in self.clusterers]
+        named = names_of(self.clusterers)
         arms = [
-            walk(f"model, {clusterer.name}", "model", frame, rules, strategy)
-            for clusterer, strategy in zip(self.clusterers, strategies, strict=True)
+            walk(f"model, {name}", "model", frame, rules, cluster_strategy(frame, rules, represent, clusterer))
+            for name, clusterer in named.items()
         ]
         arms += control_arms(frame, rules, self.clusterers)
-        window = frame.train_window
-        columns = window.eligible(rules.min_observed)
-        stocks = window.stocks(columns)
+        columns, stocks = frame.first_columns(rules), frame.first_stocks(rules)
         embedding = standardised(represent(stocks))
         grouped = [c(Stocks(embedding, stocks.filled_returns(), stocks.sectors)) for c in self.clusterers]
         n_clusters = int(grouped[0].max()) + 1
-        seeds = tqdm(range(self.n_random), desc="random clusters", disable=None, leave=False)  # on a terminal
+        n_random = self.n_random if n_clusters > 1 else 0
+        seeds = tqdm(range(n_random), desc="random clusters", disable=None, leave=False)  # on a terminal
         diagrams = getattr(self.representation, "diagrams", None)
         returns = torch.from_numpy(np.ascontiguousarray(stocks.filled_returns().T))
         return Study(
@@ -267,20 +275,23 @@ class TDAPortfolioClusterer(LightningModule):
             labels=grouped[0],
             diagrams=diagrams(returns) if callable(diagrams) else None,
             scores={
-                clusterer.name: clustering_scores(embedding, labels, stocks.sectors if stocks.sector_names else None)
-                for clusterer, labels in zip(self.clusterers, grouped, strict=True)
+                name: clustering_scores(embedding, labels, stocks.sectors if stocks.sector_names else None)
+                for name, labels in zip(named, grouped, strict=True)
             },
             risk_free=self.risk_free,
             cost_bps=rules.cost_bps,
             costs_bps=self.costs_bps,
             drift=rules.drift,
             n_trials=self.n_trials,
-            flags=tuple(batch["flags"]),
+            flags=(*batch["flags"], *_untold_ends(frame, columns)),
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what seed_everything was called with
         )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Advice:
-        """Walk on to the last day there is, then decide anew for the session after it.
+        """Walk on to the last day there is, then decide for the session after it as the strategy would.
+
+        The stocks are picked anew where a refit is due, as at any rebalance. The clusters of the day are those of the
+        latest window, whatever the mode; where it cannot be clustered, those of the last refit, with a flag.
 
         Raises:
             ValueError: In mode ``published``, which needs the future.
@@ -291,16 +302,20 @@ class TDAPortfolioClusterer(LightningModule):
         strategy = cluster_strategy(frame, self.rules, self._represent_by_fit(frame), self.clusterers[0])
         arm = walk("model", "model", frame, self.rules, strategy)
         assert arm.plan is not None
-        groups = strategy.refit(frame.market, len(arm.plan.rows))
-        decision = strategy.weigh(frame.market, groups)
+        decision = strategy(frame.market, len(arm.plan.rows))
+        assert decision.labels is not None
+        labels, flags = decision.labels, decision.flags
+        try:
+            labels = strategy.refit(frame.market, len(arm.plan.rows)).labels_of_all(frame.market.n_stocks)
+        except ValueError as error:
+            flags = (*flags, f"clusters of the last refit: {error}")
         return Advice(
             market=frame.market,
             plan=arm.plan,
             track=arm.track,
-            labels=groups.labels_of_all(frame.market.n_stocks),
-            held=arm.track.held,
+            labels=labels,
             target=decision.weights,
-            flags=decision.flags,
+            flags=flags,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -323,3 +338,14 @@ class TDAPortfolioClusterer(LightningModule):
 def _rows(network: nn.Module, returns: Tensor, index_returns: Tensor | None) -> Tensor:
     rows: Tensor = network(returns, index_returns) if getattr(network, "uses_index", False) else network(returns)
     return rows
+
+
+def _untold_ends(frame: Frame, columns: Any) -> tuple[str, ...]:
+    """A flag for stocks whose prices end inside the test with nothing said of a last return."""
+    market = frame.market.rows(0, frame.test[1])
+    ended = (market.last_price_row < len(market) - 1) & np.isnan(market.delisting_returns)
+    names = [market.tickers[column] for column in columns if ended[column]]
+    if not names:
+        return ()
+    some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return (f"{len(names)} stocks end within the test, their last return unknown and taken as 0: {some}",)

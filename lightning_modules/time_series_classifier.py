@@ -1,6 +1,5 @@
 """A classifier of time series: any network that returns logits, trained by cross-entropy or against an adversary."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,13 @@ from torchmetrics.classification import (
 )
 
 from lightning_modules.attacks.class_losses import cross_entropy, decisions
+from lightning_modules.attacks.frozen_networks import takes_mask
 from lightning_modules.networks import NetworkFactory, ResCNN
 
 _FACTS = ("n_channels", "n_classes", "n_steps")
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning refuses to collect frozen ones from predict
 class ClassPredictions:
     """Answers for a batch: ``index (B,) int64``, rows of the split, and ``logits (B, 1)`` or ``(B, K) float``."""
 
@@ -57,7 +57,8 @@ class TimeSeriesClassifier(LightningModule):
         n_classes: K, at least 2.
         n_steps: T of the data.
         network: Called with the three facts by name; returns a module ``network(series, mask) -> logits (B, 1)`` for
-            two classes or ``(B, K)``. One that takes no mask is called with the series alone, and refuses padding.
+            two classes or ``(B, K)``. One
+            without a parameter ``mask`` is called with the series alone, and padding is refused.
         optimizer: Called with the parameters.
         scheduler: Called with the optimiser; stepped every epoch, a plateau scheduler on ``monitor``.
         monitor: The logged key a plateau scheduler watches.
@@ -88,7 +89,7 @@ class TimeSeriesClassifier(LightningModule):
         self.n_classes = n_classes
         self.n_logits = 1 if n_classes == 2 else n_classes
         self.network = network(n_channels=n_channels, n_classes=n_classes, n_steps=n_steps)
-        self._takes_mask = _takes_mask(self.network)
+        self._takes_mask = takes_mask(self.network)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.monitor = monitor
@@ -184,12 +185,6 @@ class TimeSeriesClassifier(LightningModule):
             return optimizer
         scheduler = {"scheduler": self.scheduler(optimizer), "interval": "epoch", "monitor": self.monitor}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-
-def _takes_mask(network: nn.Module) -> bool:
-    parameters = inspect.signature(network.forward).parameters.values()
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 def _ranks(logits: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Ball:
         self.projection, self.radii, self.x0 = projection, radii, x0
 
     def project(self, x: Tensor) -> Tensor:
-        """``x0 + project(x - x0)``; ``x`` itself, to the last bit, without a ball."""
+        """Shorten the perturbation: the clean series plus its projection. Without a ball ``x``, to the last bit."""
         if self.projection is None or self.radii is None:
             return x
         return self.x0 + self.projection.project(x - self.x0, self.radii)
@@ -47,7 +47,7 @@ class Constraint(ABC):
 
     @abstractmethod
     def apply(self, x: Tensor, ball: Ball, mask: Tensor | None) -> Tensor:
-        """Map the iterate ``(B, T, C)`` into the set; ``ball.x0`` is the clean series. ``x`` is not changed in place."""
+        """Map the iterate ``(B, T, C)`` into the set, not in place; ``ball.x0`` is the clean series."""
 
 
 class Bounds(Constraint):

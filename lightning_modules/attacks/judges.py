@@ -7,14 +7,14 @@ series of a batch. Judges that are fitted see clean training series only, and ha
 Source: spec of arXiv 2502.20948, sections 6 (roles), 11 (T6, T7, T8) and 12.3; the judges other than networks are ours.
 """
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_modules.attacks.frozen_networks import Network, logits_of, takes_mask
 from lightning_modules.metrics.attack_functional import roughness
 
 PROVENANCE_KEYS = ("seed", "architecture", "training_attacks")
@@ -52,7 +52,7 @@ def valid_judge(vanilla_auc: float) -> bool:
 
 
 def check_disjoint(attacked: Sequence[Judge], held_out: Sequence[Judge], keys: Sequence[str] = PROVENANCE_KEYS) -> None:
-    """Refuse a held-out judge that shares its name or its provenance with an attacked detector (T8).
+    """Refuse a held-out judge that shares name, network or provenance with an attacked detector (T8).
 
     A value may list several, separated by commas ("ifgsm, pgd"): one in common is shared. A key that one of the two
     lacks is not shared.
@@ -67,7 +67,8 @@ def check_disjoint(attacked: Sequence[Judge], held_out: Sequence[Judge], keys: S
     """
     for seen in attacked:
         for judge in held_out:
-            if judge is seen or judge.name == seen.name:
+            networks = [getattr(one, "network", one) for one in (judge, seen)]
+            if networks[0] is networks[1] or judge.name == seen.name:
                 raise ValueError(
                     f"held-out judge {judge.name!r} and attacked detector {seen.name!r} must be two, got the same one"
                 )
@@ -149,10 +150,11 @@ def _transform_length(n_steps: int, n_bands: int) -> int:
 
 
 class NetworkJudge:
-    """A trained discriminator: ``D = sigmoid(logit) = P(adversarial)``, in float64, where it is not exactly 1 below 37.
+    """A trained discriminator: ``D = sigmoid(logit) = P(adversarial)``, in float64, where it is below 1 up to logit 36.
 
     Args:
-        network: ``(B, T, C), (B, T) -> (B, 1)`` logits; one that takes only series serves for series of one length.
+        network: ``(B, T, C), mask (B, T) -> (B, 1)`` logits; one without a parameter ``mask`` serves for series of one
+            length.
         name: Name in reports.
         provenance: All of :data:`PROVENANCE_KEYS`.
         batch_size: Series scored at a time, at least 1.
@@ -161,13 +163,7 @@ class NetworkJudge:
         ValueError: If the provenance is incomplete or ``batch_size`` is below 1.
     """
 
-    def __init__(
-        self,
-        network: nn.Module | Callable[..., Tensor],
-        name: str,
-        provenance: Mapping[str, str],
-        batch_size: int = 512,
-    ) -> None:
+    def __init__(self, network: Network, name: str, provenance: Mapping[str, str], batch_size: int = 1024) -> None:
         missing = [key for key in PROVENANCE_KEYS if not provenance.get(key)]
         if missing:
             raise ValueError(f"provenance of judge {name!r} must name {', '.join(PROVENANCE_KEYS)}, lacks {missing}")
@@ -180,40 +176,18 @@ class NetworkJudge:
         """``(B,) float64`` probability of being adversarial, with evaluation statistics; the network is left as it was.
 
         Raises:
-            ValueError: If the network does not give (B, 1) finite logits, or cannot take series of different length.
+            ValueError: If there is no series, the network does not give (B, 1) finite logits, or it takes no mask and
+                the series differ in length.
         """
-        if mask is not None and not _takes_mask(self.network):
-            if not bool(mask.all()):
-                raise ValueError(f"the network of judge {self.name!r} takes no mask, got series of different length")
-            mask = None
-        modules = list(self.network.modules()) if isinstance(self.network, nn.Module) else []
-        were_training = [module.training for module in modules]
-        logits = []
-        try:
-            for module in modules:
-                module.training = False
-            with torch.no_grad():
-                for start in range(0, len(series), self.batch_size):
-                    rows = slice(start, start + self.batch_size)
-                    logits.append(self.network(series[rows], *(() if mask is None else (mask[rows],))))
-        finally:
-            for module, training in zip(modules, were_training, strict=True):
-                module.training = training
-        if not logits:
-            return torch.zeros(0, dtype=torch.float64, device=series.device)
-        together = torch.cat(logits)
-        if together.shape != (len(series), 1) or not bool(together.isfinite().all()):
+        if mask is not None and not bool(mask.all()) and not takes_mask(self.network):
+            raise ValueError(f"the network of judge {self.name!r} takes no mask, got series of different length")
+        logits = logits_of(self.network, series, mask, batch_size=self.batch_size)
+        if logits.shape != (len(series), 1) or not bool(logits.isfinite().all()):
             raise ValueError(
                 f"the network of judge {self.name!r} must give finite logits ({len(series)}, 1), got shape "
-                f"{tuple(together.shape)}"
+                f"{tuple(logits.shape)}, {int((~logits.isfinite()).sum())} of them not finite"
             )
-        return together[:, 0].double().sigmoid()
-
-
-def _takes_mask(network: Callable[..., Tensor]) -> bool:
-    parameters = inspect.signature(network.forward if isinstance(network, nn.Module) else network).parameters
-    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+        return logits[:, 0].double().sigmoid()
 
 
 class TwoStatisticsJudge:

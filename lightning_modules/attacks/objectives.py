@@ -8,10 +8,9 @@ Source: spec of the concealed attack, sections 3 and 4, after P. Sokerin et al.,
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch.nn.functional import softplus
 
 from lightning_modules.attacks.class_losses import CLASS_LOSSES, ClassLoss
 from lightning_modules.attacks.frozen_networks import calibrate
+from lightning_modules.attacks.gradients import gradient
 
 DetectorLoss = Literal["published", "hidden", "margin"]
 Aggregate = Literal["mean", "worst", "soft_worst"]
@@ -58,28 +58,8 @@ class Terms:
         return torch.where(self.alpha == 0, torch.zeros_like(term), self.alpha * term)
 
 
-def gradient(values: Tensor, x: Tensor, weights: Tensor | None) -> Tensor:
-    """``grad_x sum_b w_b values_b``, zero where the values do not depend on ``x``: ``(B, T, C)``."""
-    total = values.sum() if weights is None else (weights * values).sum()
-    if not total.requires_grad:
-        return torch.zeros_like(x)
-    (found,) = torch.autograd.grad(total, x, allow_unused=True)
-    return torch.zeros_like(x) if found is None else found
-
-
-def unit(vectors: Tensor) -> Tensor:
-    """Each series' vector over all ``T * C`` positions with Euclidean norm 1; 0 stays 0. ``(B, T, C)``.
-
-    Scaled by its largest entry first: squares of gradients of a confident network underflow in float32.
-    """
-    largest = vectors.abs().amax(dim=(1, 2), keepdim=True)
-    scaled = vectors / torch.where(largest > 0, largest, torch.ones_like(largest))
-    norm = torch.linalg.vector_norm(scaled, dim=(1, 2), keepdim=True)
-    return scaled / torch.where(norm > 0, norm, torch.ones_like(norm))
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Objective(ABC):
+class Objective:
     """Base of all objectives: which losses, at what scale.
 
     Args:
@@ -113,12 +93,9 @@ class Objective(ABC):
     def __post_init__(self) -> None:
         if isinstance(self.class_loss, str) and self.class_loss not in CLASS_LOSSES:
             raise ValueError(f"class_loss must be one of {sorted(CLASS_LOSSES)} or a function, got {self.class_loss!r}")
-        for name, value, allowed in (
-            ("detector_loss", self.detector_loss, ("published", "hidden", "margin")),
-            ("aggregate", self.aggregate, ("mean", "worst", "soft_worst")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+        for name, allowed in (("detector_loss", DetectorLoss), ("aggregate", Aggregate)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {list(get_args(allowed))}, got {getattr(self, name)!r}")
         scales = [self.detector_scale] if isinstance(self.detector_scale, int | float) else self.detector_scale
         positive = {"softness": self.softness, "victim_scale": self.victim_scale}
         positive |= {f"detector_scale {position}": scale for position, scale in enumerate(scales)}
@@ -136,13 +113,20 @@ class Objective(ABC):
         if not 0 <= alpha < math.inf:
             raise ValueError(f"alpha of {type(self).__name__} must be finite and at least 0, got {alpha}")
 
-    def check(self, *, n_detectors: int, targeted: bool) -> None:
+    def check(self, *, n_detectors: int, hides: bool, targeted: bool) -> None:
         """Refuse what the objective cannot be computed from.
+
+        Args:
+            n_detectors: M.
+            hides: Whether detectors are differentiated; False also where ``alpha`` is 0.
+            targeted: Whether labels are the classes to reach.
 
         Raises:
             ValueError: If it hides and there is no detector, or scales and detectors differ in number.
         """
-        if self.hides and n_detectors == 0:
+        if not hides:
+            return
+        if n_detectors == 0:
             raise ValueError(f"{type(self).__name__} hides from detectors: give at least one in detectors=")
         if not isinstance(self.detector_scale, int | float) and len(self.detector_scale) != n_detectors:
             raise ValueError(f"detector_scale has {len(self.detector_scale)} values for {n_detectors} detectors")
@@ -264,9 +248,9 @@ class HarmonicReg(Objective):
         """True for ``coupling="batch"``."""
         return self.coupling == "batch"
 
-    def check(self, *, n_detectors: int, targeted: bool) -> None:
+    def check(self, *, n_detectors: int, hides: bool, targeted: bool) -> None:
         """Refuse targeted mode too."""
-        super().check(n_detectors=n_detectors, targeted=targeted)
+        super().check(n_detectors=n_detectors, hides=hides, targeted=targeted)
         if targeted:
             raise ValueError("HarmonicReg needs losses of at least 0, and targeted=True negates the class loss")
 
@@ -336,77 +320,6 @@ class DiscOnly(Objective):
     def values(self, terms: Terms) -> Tensor:
         """``L_d``."""
         return terms.hiding
-
-
-@dataclass(frozen=True, eq=False)
-class _GradientObjective(Objective):
-    has_value = False
-
-    @abstractmethod
-    def combine(self, class_gradient: Tensor, detector_gradient: Tensor, alpha: Tensor | None) -> Tensor:
-        """Direction ``(B, T, C)`` from both gradients."""
-
-    def direction(self, terms: Terms) -> tuple[Tensor | None, Tensor]:
-        """The rule on the two gradients; the networks share no graph, so this is one backward through each."""
-        towards_error = terms.clean(gradient(terms.class_loss, terms.x, None))
-        towards_hiding = terms.clean(gradient(terms.hiding, terms.x, None))
-        joined = self.combine(towards_error, towards_hiding, terms.alpha)
-        return None, joined if terms.weights is None else joined * terms.weights[:, None, None]
-
-
-@dataclass(frozen=True, eq=False)
-class NormSum(_GradientObjective):
-    """Direction ``u(grad L_c) + alpha u(grad L_d)``, ``u`` of unit norm for each series.
-
-    Args:
-        alpha: At least 0.
-    """
-
-    alpha: float = 1.0
-
-    def combine(self, class_gradient: Tensor, detector_gradient: Tensor, alpha: Tensor | None) -> Tensor:
-        """Add the unit vectors."""
-        assert alpha is not None
-        return unit(class_gradient) + alpha[:, None, None] * unit(detector_gradient)
-
-
-@dataclass(frozen=True, eq=False)
-class HyperCone(_GradientObjective):
-    """The classifier's gradient projected on the cone about the detectors' gradient.
-
-    With ``g = grad L_c``, ``a = grad L_d``, ``phi`` their angle, ``a^`` and ``e^`` unit vectors along ``a`` and along
-    the part of ``g`` orthogonal to it: ``g`` if ``phi <= theta`` or ``a = 0``, 0 if ``phi >= theta + pi/2``, else
-    ``|g| cos(phi - theta) (cos(theta) a^ + sin(theta) e^)``, the nearest point of the cone.
-
-    Args:
-        theta: Half-angle in radians, inside 0..pi/2.
-
-    Raises:
-        ValueError: If ``theta`` lies outside.
-    """
-
-    theta: float = math.pi / 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.theta <= math.pi / 2:
-            raise ValueError(f"theta of HyperCone must lie in 0..pi/2 radians, got {self.theta}")
-
-    def combine(self, class_gradient: Tensor, detector_gradient: Tensor, alpha: Tensor | None) -> Tensor:
-        """Project; the length is that of ``g``'s projection, in units of ``|g|``'s largest entry."""
-        axis = unit(detector_gradient)
-        largest = class_gradient.abs().amax(dim=(1, 2), keepdim=True)
-        scaled = class_gradient / torch.where(largest > 0, largest, torch.ones_like(largest))
-        along = (scaled * axis).sum(dim=(1, 2), keepdim=True)
-        across = scaled - along * axis
-        width = torch.linalg.vector_norm(across, dim=(1, 2), keepdim=True)
-        angle = torch.atan2(width, along)
-        # |g| cos(phi - theta) without the angle: nothing is divided by cos(phi), which is 0 for orthogonal gradients
-        length = along * math.cos(self.theta) + width * math.sin(self.theta)
-        projected = length * (math.cos(self.theta) * axis + math.sin(self.theta) * unit(across))
-        projected = torch.where(angle >= self.theta + math.pi / 2, torch.zeros_like(projected), projected)
-        inside = (angle <= self.theta) | (axis == 0).all(dim=2, keepdim=True).all(dim=1, keepdim=True)
-        return torch.where(inside, class_gradient, projected * largest)
 
 
 def neighbour_roughness(x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_modules.attacks.steppers import Advance, Stepper, _choose
+from lightning_modules.attacks.projections import Linf, Strength
+from lightning_modules.attacks.steppers import Advance, Stepper
 
 if TYPE_CHECKING:
-    from lightning_modules.attacks.engine import Evaluation, Run
+    from lightning_modules.attacks.run import Evaluation, Run
 
 
 class Noise(Stepper):
@@ -28,6 +29,7 @@ class Noise(Stepper):
     """
 
     uses_gradient = False
+    uses_noise = True
 
     def __init__(self, step: float | None = None, kind: Literal["sign", "gaussian"] = "sign") -> None:
         super().__init__(step)
@@ -60,6 +62,7 @@ class SimBA(Stepper):
     """
 
     uses_gradient = False
+    uses_noise = True
     uses_values = True
 
     def __init__(self, step: float | None = None, channels: Literal["all", "one"] = "all") -> None:
@@ -82,9 +85,9 @@ class SimBA(Stepper):
             if self.channels == "one":
                 channel = run.noise.integers(n_channels, 1, 1).expand(n_series, n_times, 1)
                 bump = bump * torch.zeros_like(x).scatter_(2, channel, 1.0)
-            for move in (run.step * bump, -run.step * bump):
-                candidate = run.confine(run_from + move) if (run_from := x) is not None else x
-                x, evaluation = run.better(x, evaluation, candidate)
+            up, down = run.confine(x + run.step * bump), run.confine(x - run.step * bump)
+            x, evaluation = run.better(x, evaluation, up)
+            x, evaluation = run.better(x, evaluation, down)
             return x, evaluation
 
         return advance
@@ -112,8 +115,9 @@ class SquareSearch(Stepper):
     """
 
     uses_gradient = False
+    uses_noise = True
     uses_values = True
-    needs_ball = True
+    ball = Linf
 
     SCHEDULE: ClassVar[tuple[float, ...]] = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
     """Parts of the attack after which the share halves: 10, 50, 200, 500, 1000, .. of 10,000 queries."""
@@ -124,7 +128,7 @@ class SquareSearch(Stepper):
             raise ValueError(f"share must lie above 0 and at most at 1, got {share}")
         self.share = share
 
-    def length(self, step: "float | Tensor | None", radii: Tensor | None, n_steps: int) -> "float | Tensor":
+    def length(self, step: Strength | None, radii: Tensor | None, n_steps: int) -> Strength:
         """The radius."""
         if step is not None:
             raise ValueError("SquareSearch takes its step from the radius: give radius=, not step=")

@@ -30,26 +30,19 @@ class SeriesNoise:
 
     Args:
         index: ``(B,) int64`` number of each series; equal numbers get equal noise.
-        generator: Gives the seed, by one draw when noise is first asked for. None takes torch's default generator.
+        seed: Of the whole attack, in 0..2^62 - 1.
         dtype: Floating dtype of the draws.
     """
 
-    def __init__(self, index: Tensor, generator: torch.Generator | None, dtype: torch.dtype) -> None:
+    def __init__(self, index: Tensor, seed: int, dtype: torch.dtype) -> None:
         self._index = index
-        self._generator = generator
         self._dtype = dtype
-        self._streams: Tensor | None = None
+        self._streams = _mix(index * GOLDEN + _mix(torch.full_like(index, seed) + GOLDEN))
         self._n_draws = 0
 
     def _hash(self, shape: tuple[int, ...]) -> Tensor:
-        device = self._index.device
-        if self._streams is None:
-            source = self._generator.device if self._generator is not None else torch.device("cpu")
-            seed = torch.randint(2**62, (1,), generator=self._generator, device=source).to(device)
-            self._streams = _mix(self._index * GOLDEN + _mix(seed + GOLDEN))
         self._n_draws += 1
-        n_values = torch.Size(shape).numel()
-        positions = torch.arange(n_values, device=device) * GOLDEN
+        positions = torch.arange(torch.Size(shape).numel(), device=self._index.device) * GOLDEN
         keys = _mix(self._streams + self._n_draws)
         return _mix(keys[:, None] + positions).reshape(len(self._index), *shape)
 

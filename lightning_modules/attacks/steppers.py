@@ -7,16 +7,16 @@ that :meth:`Stepper.start` returns, so one stepper serves any number of attacks.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_modules.attacks.objectives import unit
-from lightning_modules.attacks.projections import Strength
+from lightning_modules.attacks.gradients import Direction, move, unit, unit_l1
+from lightning_modules.attacks.projections import Projection, Strength
 
 if TYPE_CHECKING:
-    from lightning_modules.attacks.engine import Evaluation, Run
+    from lightning_modules.attacks.run import Evaluation, Run
 
 Advance = Callable[[Tensor, "Evaluation"], tuple[Tensor, "Evaluation | None"]]
 """``(iterate, its evaluation) -> (next iterate, its evaluation where already known)``."""
@@ -34,7 +34,8 @@ class Stepper(ABC):
 
     uses_gradient: ClassVar[bool] = True
     uses_values: ClassVar[bool] = False
-    needs_ball: ClassVar[bool] = False
+    uses_noise: ClassVar[bool] = False
+    ball: ClassVar[type[Projection] | None] = None
     couples_batch: ClassVar[bool] = False
 
     def __init__(self, step: float | None = None) -> None:
@@ -89,7 +90,7 @@ class PGDStep(Stepper):
     """PGD: ``s = 2.5 radius / N`` along the sign or the unit direction, so the step follows the radius (trap T11).
 
     Args:
-        direction: ``"sign"``, or ``"unit"``: the direction over its Euclidean norm, the usual step of an l2 ball.
+        direction: ``"sign"``, or ``"unit"``: the gradient over its Euclidean norm, the usual step of an l2 ball.
         relative_step: The factor 2.5.
 
     Raises:
@@ -99,15 +100,14 @@ class PGDStep(Stepper):
     Source: spec of the concealed attack, section 5; A. Madry et al., arXiv 1706.06083.
     """
 
-    needs_ball = True
+    ball = Projection
 
-    def __init__(self, direction: Literal["sign", "unit"] = "sign", relative_step: float = 2.5) -> None:
+    def __init__(self, direction: Direction = "sign", relative_step: float = 2.5) -> None:
         super().__init__()
-        if direction not in ("sign", "unit"):
-            raise ValueError(f"direction must be 'sign' or 'unit', got {direction!r}")
+        self._move = move(direction)
         if not 0 < relative_step < float("inf"):
             raise ValueError(f"relative_step must be finite and above 0, got {relative_step}")
-        self.direction, self.relative_step = direction, relative_step
+        self.relative_step = relative_step
 
     def length(self, step: Strength | None, radii: Tensor | None, n_steps: int) -> Strength:
         """``relative_step * radius / N``."""
@@ -120,9 +120,7 @@ class PGDStep(Stepper):
         """No memory."""
 
         def advance(x: Tensor, evaluation: "Evaluation") -> tuple[Tensor, None]:
-            climb = evaluation.climb
-            along = climb.sign() if self.direction == "sign" else unit(climb)
-            return run.confine(x + run.step * along), None
+            return run.confine(x + run.step * self._move(evaluation.climb)), None
 
         return advance
 
@@ -152,7 +150,7 @@ class Momentum(Stepper):
 
         def advance(x: Tensor, evaluation: "Evaluation") -> tuple[Tensor, None]:
             nonlocal velocity
-            velocity = self.decay * velocity + _unit_l1(evaluation.climb)
+            velocity = self.decay * velocity + unit_l1(evaluation.climb)
             return run.confine(x + run.step * velocity.sign()), None
 
         return advance
@@ -175,106 +173,10 @@ class Nesterov(Momentum):
         def advance(x: Tensor, evaluation: "Evaluation") -> tuple[Tensor, None]:
             nonlocal velocity
             ahead = run.evaluate(run.keep_padding(x + run.step * self.decay * velocity), gradient=True)
-            velocity = self.decay * velocity + _unit_l1(ahead.climb)
+            velocity = self.decay * velocity + unit_l1(ahead.climb)
             return run.confine(x + run.step * velocity.sign()), None
 
         return advance
-
-
-def _unit_l1(direction: Tensor) -> Tensor:
-    """Over the l1 norm of each series, 0 staying 0; scaled first, as in :func:`unit`."""
-    largest = direction.abs().amax(dim=(1, 2), keepdim=True)
-    scaled = direction / torch.where(largest > 0, largest, torch.ones_like(largest))
-    norm = scaled.abs().sum(dim=(1, 2), keepdim=True)
-    return scaled / torch.where(norm > 0, norm, torch.ones_like(norm))
-
-
-class APGD(Stepper):
-    """Auto-PGD: sign steps with momentum 0.75 whose length starts at ``2 radius`` and halves where progress stalls.
-
-    Checkpoints lie at ``0, 0.22 N, 0.41 N, ...`` (gaps shrink by 0.03 N down to 0.06 N). At one, a series halves its
-    step and goes back to its best point if fewer than 75 % of the steps since the last checkpoint rose, or if neither
-    step nor best value changed between them.
-
-    Args:
-        momentum: Share of the new move against the last one.
-        threshold: The 75 %.
-
-    Raises:
-        ValueError: If either lies outside 0..1; at the attack, without a projection, with a step of the call's own or
-            with an objective that has no value.
-
-    Source: F. Croce and M. Hein, arXiv 2003.01690, algorithm 1.
-    """
-
-    uses_values = True
-    needs_ball = True
-
-    def __init__(self, momentum: float = 0.75, threshold: float = 0.75) -> None:
-        super().__init__()
-        for name, value in (("momentum", momentum), ("threshold", threshold)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} of APGD must lie in 0..1, got {value}")
-        self.momentum, self.threshold = momentum, threshold
-
-    def length(self, step: Strength | None, radii: Tensor | None, n_steps: int) -> Strength:
-        """``2 radius`` to begin with."""
-        if step is not None:
-            raise ValueError("APGD takes its step from the radius: give radius=, not step=")
-        assert radii is not None
-        return 2 * radii.flatten()
-
-    @staticmethod
-    def checkpoints(n_steps: int) -> list[int]:
-        """Steps at which the length is reconsidered, increasing, all below ``n_steps``."""
-        shares, gap = [0.0, 0.22], 0.22
-        while shares[-1] < 1:
-            gap = max(gap - 0.03, 0.06)
-            shares.append(shares[-1] + gap)
-        # rounded first: 0.41 * 100 is 41.00000000000001 in binary
-        points = [-int(-round(share * n_steps, 9) // 1) for share in shares]
-        return sorted({point for point in points if 0 < point < n_steps})
-
-    def start(self, run: "Run") -> Advance:
-        """Remembers the last move, the best point and how often the value rose."""
-        checkpoints = self.checkpoints(run.n_steps)
-        step = run.step
-        last_x = run.ball.x0
-        best_x, best_climb = last_x, torch.zeros_like(last_x)
-        best = torch.full((len(last_x),), -torch.inf, dtype=last_x.dtype, device=last_x.device)
-        value_before, checked_best = best, best
-        rises = torch.zeros_like(best)
-        halved = torch.ones_like(best, dtype=torch.bool)
-        k = last_checkpoint = 0
-
-        def advance(x: Tensor, evaluation: "Evaluation") -> tuple[Tensor, None]:
-            nonlocal step, last_x, best_x, best_climb, best, value_before, checked_best, rises, halved, k
-            nonlocal last_checkpoint
-            climb, value = evaluation.climb, evaluation.value
-            rises = rises + (value > value_before)
-            value_before = value
-            better = value > best
-            best = torch.where(better, value, best)
-            best_x, best_climb = _choose(better, x, best_x), _choose(better, climb, best_climb)
-            here, before, share = x, last_x, self.momentum if k else 1.0
-            if k in checkpoints:
-                stalled = rises < self.threshold * (k - last_checkpoint)
-                halve = stalled | (~halved & (checked_best == best))
-                step = torch.where(halve[:, None, None], step / 2, step)
-                here, climb = _choose(halve, best_x, here), _choose(halve, best_climb, climb)
-                before = _choose(halve, best_x, before)
-                halved, checked_best, rises, last_checkpoint = halve, best, torch.zeros_like(rises), k
-            ahead = run.confine(here + step * climb.sign())
-            last_x = x
-            k += 1
-            return run.confine(here + share * (ahead - here) + (1 - share) * (here - before)), None
-
-        return advance
-
-
-def _choose(chosen: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Series by series."""
-    return torch.where(chosen[:, None, None], yes, no)
 
 
 class AdamStep(Stepper):
@@ -296,6 +198,8 @@ class AdamStep(Stepper):
     Source: spec of the concealed attack, section 5, after G. Pialla et al. (2022); Adam of arXiv 1412.6980 with its
     defaults.
     """
+
+    uses_noise = True
 
     BETAS: ClassVar[tuple[float, float]] = (0.9, 0.999)
     EPSILON: ClassVar[float] = 1e-8

@@ -1,7 +1,6 @@
 """Training against an attack: Madry's PGD training and TRADES, also with detectors in the attack's objective."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,20 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.attacks.class_losses import cross_entropy, decisions
-
-
-@contextmanager
-def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
-    """Put networks in evaluation mode and leave every module's flag as it was found, after an exception too."""
-    modules = [module for network in networks for module in network.modules()]
-    flags = [module.training for module in modules]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for module, flag in zip(modules, flags, strict=True):
-            module.training = flag  # and not train(flag), which would reach the children
+from lightning_modules.attacks.engine import Attack
+from lightning_modules.attacks.frozen_networks import logits_of
 
 
 def class_divergence(clean_logits: Tensor, logits: Tensor) -> Tensor:
@@ -41,7 +28,7 @@ def class_divergence(clean_logits: Tensor, logits: Tensor) -> Tensor:
     """
     if clean_logits.shape != logits.shape:
         raise ValueError(
-            f"logits must have the shape of the clean ones, {tuple(clean_logits.shape)}, got {logits.shape}"
+            f"logits must have the shape of the clean ones, {tuple(clean_logits.shape)}, got {tuple(logits.shape)}"
         )
     if logits.shape[1] == 1:  # the logit of class 1 beside a logit of 0 for class 0
         clean_logits, logits = F.pad(clean_logits, (1, 0)), F.pad(logits, (1, 0))
@@ -50,10 +37,11 @@ def class_divergence(clean_logits: Tensor, logits: Tensor) -> Tensor:
 
 
 class _Divergence(nn.Module):
-    """A victim whose one logit is KL(p_clean || p(x)).
+    """A victim whose one logit is 2 + KL(p_clean || p(x)).
 
     Its cross-entropy and its margin against the label 0 grow with the divergence, so that an attack on it, whatever
-    its class loss, maximises the divergence of TRADES.
+    its class loss, maximises the divergence of TRADES. The 2 keeps the logits out of 0..1, where attacks look for
+    probabilities.
     """
 
     def __init__(self, network: nn.Module, clean_logits: Tensor) -> None:
@@ -62,7 +50,7 @@ class _Divergence(nn.Module):
         self.clean_logits = clean_logits
 
     def forward(self, series: Tensor, mask: Tensor | None = None) -> Tensor:
-        return class_divergence(self.clean_logits, self.network(series, mask)).unsqueeze(1)
+        return 2 + class_divergence(self.clean_logits, self.network(series, mask)).unsqueeze(1)
 
 
 class AdversarialTraining(Callback):
@@ -71,21 +59,19 @@ class AdversarialTraining(Callback):
         pgd:     mean_b CE(f(x_b + delta_b), y_b),                           delta: the attack on (f, y)
         trades:  mean_b CE(f(x_b), y_b) + beta KL(p(x_b) || p(x_b + delta_b)),      delta: the attack on that KL
 
-    The attack runs against the network in evaluation mode; the loss is then taken in training mode, so dropout and
-    batch statistics are those of training, and every flag is as before. Attacked series reach the running statistics
-    of batch normalisation, as in the published code of both. With ``detectors`` the attack must also hide from them,
-    if its objective has a part for detectors.
+    The attack runs against the network in evaluation mode and leaves it as it was; the loss is then taken in training
+    mode, so that attacked series enter the statistics of batch normalisation, as in the published code of both. With
+    ``detectors`` the attack must hide from them too, if its objective has a part for detectors. What is random in it
+    is drawn anew for each batch, from torch's default generator.
 
     Logged: ``val/robust_accuracy``, the accuracy on attacked validation series, to select the checkpoint by.
 
     Args:
-        attack: ``attack(model, x, y, detectors=, mask=)`` with a result that has ``x_adv``, such as
-            :class:`lightning_modules.attacks.Attack`. TRADES needs a random start: at the clean series the gradient of
-            its divergence is zero.
+        attack: Untargeted. TRADES needs a random start: at the clean series the gradient of its divergence is zero.
         mode: ``"pgd"`` or ``"trades"``.
         beta: Weight of the divergence in TRADES, above 0.
         warmup_epochs: Epochs of plain training before.
-        detectors: Networks whose one logit is that of "adversarial"; frozen and moved to the device.
+        detectors: Networks whose one logit is that of "adversarial"; moved to the module's device.
         validate: Whether to attack the validation series too.
 
     Raises:
@@ -97,7 +83,7 @@ class AdversarialTraining(Callback):
 
     def __init__(
         self,
-        attack: Callable[..., Any],
+        attack: Attack,
         *,
         mode: Literal["pgd", "trades"] = "pgd",
         beta: float = 6.0,
@@ -111,9 +97,9 @@ class AdversarialTraining(Callback):
             raise ValueError(f"beta must be above 0, got {beta}")
         if warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs}")
-        if mode == "trades" and not getattr(attack, "random_start", True):
+        if mode == "trades" and not attack.random_start:
             raise ValueError("attack must have random_start true with mode 'trades', got false")
-        if getattr(attack, "targeted", False):
+        if attack.targeted:
             raise ValueError("attack must not be targeted: with the true label as target it would help the network")
         self.attack = attack
         self.mode = mode
@@ -132,7 +118,7 @@ class AdversarialTraining(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the detectors to where the classifier is."""
         for detector in self.detectors:
-            detector.to(pl_module.device).eval().requires_grad_(False)
+            detector.to(pl_module.device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its adversary once the warm-up is over."""
@@ -151,18 +137,23 @@ class AdversarialTraining(Callback):
         """The robust loss of a batch, a scalar; ``network(series, mask) -> logits``."""
         series, mask, labels = batch["series"], batch["mask"], batch["labels"]
         if self.mode == "pgd":
-            return cross_entropy(network(self.attacked(network, series, mask, labels), mask), labels).mean()
-        with evaluation_mode(network), torch.no_grad():
-            fixed = network(series, mask)
-        attacked = self.attacked(_Divergence(network, fixed), series, mask, torch.zeros_like(labels))
+            return cross_entropy(network(self.attacked(network, batch), mask), labels).mean()
+        victim = _Divergence(network, logits_of(network, series, mask, batch_size=len(series)))
+        attacked = self.attacked(victim, batch | {"labels": torch.zeros_like(labels)})
         clean = network(series, mask)
         divergence = class_divergence(clean, network(attacked, mask))
         return (cross_entropy(clean, labels) + self.beta * divergence).mean()
 
-    def attacked(self, victim: nn.Module, series: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """Series ``(B, T, C)`` after the attack, cut from its graph; the victim's flags stay as they are."""
-        with evaluation_mode(victim):
-            return self.attack(victim, series, labels, detectors=self.detectors, mask=mask).x_adv.detach()
+    def attacked(self, victim: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Series ``(B, T, C)`` after the attack, which leaves the victim as it found it."""
+        return self.attack(
+            victim,
+            batch["series"],
+            batch["labels"],
+            detectors=self.detectors,
+            mask=batch["mask"],
+            index=batch["index"],
+        ).x_adv
 
     def on_validation_batch_end(
         self,
@@ -177,8 +168,8 @@ class AdversarialTraining(Callback):
         if not self.validate:
             return
         # Validation runs in inference mode, whose tensors no gradient can pass: copies made outside of it can.
-        with torch.inference_mode(False), torch.enable_grad():
-            series, mask, labels = (batch[key].clone() for key in ("series", "mask", "labels"))
-            attacked = self.attacked(pl_module, series, mask, labels)
-        right = decisions(pl_module(attacked, mask)) == labels
+        with torch.inference_mode(False):
+            attacked = self.attacked(pl_module, {key: value.clone() for key, value in batch.items()})
+        labels = batch["labels"]
+        right = decisions(pl_module(attacked, batch["mask"])) == labels
         pl_module.log("val/robust_accuracy", right.float().mean(), batch_size=len(labels), sync_dist=True)

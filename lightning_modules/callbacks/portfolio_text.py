@@ -58,7 +58,7 @@ def sentences(found: Findings) -> list[str]:
     said.append(
         f"{spent}Seed {found['seed']}. Intervals: stationary bootstrap of days, mean block 10, {found['n_resamples']} "
         f"resamples, the same days for all methods; they hold the clusters fixed. Risk-free {found['risk_free']:.1%} a "
-        "year. The index is not traded and pays no costs."
+        "year. The index is not traded and pays no costs; if its file is a price index, it also lacks dividends."
     )
     return [line for paragraph in said for line in (paragraph, "")][:-1]
 
@@ -86,7 +86,7 @@ def _without_clusters(found: Findings) -> str | None:
 
 
 def _verdicts(found: Findings) -> list[str]:
-    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "open": []}
+    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "open": [], "undefined": []}
     for name, arm in found["arms"].items():
         if arm["model_minus_this"] is not None:
             groups[_verdict(arm["model_minus_this"]["sharpe"])].append(name)
@@ -99,6 +99,8 @@ def _verdicts(found: Findings) -> list[str]:
         ("open", f"cannot be told apart, the {percent} interval of the difference holding zero, from"),
     ):
         said.append(f"- *{model}* {words}: {'; '.join(groups[verdict]) or 'none of them'}.")
+    if groups["undefined"]:
+        said.append(f"- The difference is not defined, a ratio having no spread, to: {'; '.join(groups['undefined'])}.")
     chance = (1 - found["level"]) * n_compared
     note = f"Of {n_compared} comparisons with nothing in them, {chance:.1f} would be called apart by chance."
     return ["\n".join(said), note] if n_compared else []
@@ -106,9 +108,9 @@ def _verdicts(found: Findings) -> list[str]:
 
 def _verdict(interval: list[float | None]) -> str:
     _, low, high = interval
-    if low is not None and low > 0:
-        return "ahead"
-    return "behind" if high is not None and high < 0 else "open"
+    if low is None or high is None:
+        return "undefined"
+    return "ahead" if low > 0 else "behind" if high < 0 else "open"
 
 
 def _by_lot(found: Findings) -> list[str]:
@@ -118,6 +120,8 @@ def _by_lot(found: Findings) -> list[str]:
     ratio, reached = random["sharpe"], random["n_at_least_model"]
     low, high = ratio["quantiles"]["0.05"], ratio["quantiles"]["0.95"]
     allowed = 1 - found["level"]
+    if random["p_value"] is None:
+        return [f"Random clusters under the same rules ({random['n']} seeds): a Sharpe ratio is not defined."]
     if random["p_value"] <= allowed:
         verdict = (
             "on these very days the model's clusters earn more than clusters by lot; whether on others too, the "
@@ -161,6 +165,7 @@ def _only_volatility(found: Findings) -> list[str]:
     verdict = {
         "ahead": "The model earns more than clusters of volatility alone: it is not only volatility.",
         "behind": "Clusters of volatility alone earn more than the model.",
+        "undefined": "The difference is not defined.",
         "open": "Clusters of volatility alone cannot be told apart from the model: these days do not show that "
         "anything beyond volatility is of use.",
     }[_verdict(interval)]
@@ -171,10 +176,11 @@ def _deflated(found: Findings) -> list[str]:
     deflated = found["deflated_sharpe"]
     if deflated["probability"] is None:
         return []
+    trials = deflated["n_trials"]
+    bar = f"what the best of {trials} worthless trials would show" if trials > 1 else "0, this being the only trial"
     return [
         f"Deflated Sharpe ratio: {deflated['probability']:.2f} is the probability that the model's true ratio exceeds "
-        f"what the best of {deflated['n_trials']} worthless trials would show."
-        + (" It knows nothing of the look-ahead." if found["mode"] == "published" else "")
+        f"{bar}." + (" It knows nothing of the look-ahead." if found["mode"] == "published" else "")
     ]
 
 

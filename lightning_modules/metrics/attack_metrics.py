@@ -20,9 +20,8 @@ from lightning_modules.metrics import attack_functional as functional
 from lightning_modules.metrics.attack_functional import ConcealabilityForm
 
 NormName = Literal["l1", "l2", "linf", "l2_relative"]
-
-
 COUNTS = ("true_positives", "false_positives", "false_negatives")
+"""Order of :func:`lightning_modules.metrics.attack_functional.class_counts`."""
 
 
 def _check_same(predicted: Tensor, **others: Tensor) -> None:
@@ -60,6 +59,7 @@ class _AttackMetric(Metric):
             self._add(f"classifier_{kind}", n_classes)
 
     def _count_classes(self, predicted: Tensor, labels: Tensor) -> None:
+        _check_same(predicted, labels=labels)
         counts = functional.class_counts(predicted, labels, self.n_classes)
         for kind, count in zip(COUNTS, counts, strict=True):
             self._increase(f"classifier_{kind}", count)
@@ -72,9 +72,13 @@ class _AttackMetric(Metric):
         self.add_state("adversarial_scores", [], dist_reduce_fx="cat")
 
     def _keep_scores(self, clean_scores: Tensor, adversarial_scores: Tensor) -> None:
-        for name, scores in (("clean_scores", clean_scores), ("adversarial_scores", adversarial_scores)):
+        given = {"clean_scores": clean_scores, "adversarial_scores": adversarial_scores}
+        for name, scores in given.items():
             if scores.ndim != 1 or bool(scores.isnan().any()):
-                raise ValueError(f"{name} must be (n,) without NaN, got shape {tuple(scores.shape)}")
+                raise ValueError(
+                    f"{name} must be (n,) without NaN, got shape {tuple(scores.shape)} with {int(scores.isnan().sum())} NaN"
+                )
+        for name, scores in given.items():
             getattr(self, name).append(scores.detach().double())
 
     def _scores(self) -> tuple[Tensor, Tensor]:
@@ -128,12 +132,8 @@ class _OfScores(_AttackMetric):
         self._keep_scores(clean_scores, adversarial_scores)
 
 
-class DetectorF1(_OfScores):
-    """F1_DISC of one detector on the pooled set, decision ``score >= threshold``; lower is better hidden.
-
-    Args:
-        threshold: Smallest score called adversarial; 0.5 for probabilities.
-    """
+class _AtThreshold(_OfScores):
+    """Decisions ``score >= threshold``."""
 
     higher_is_better = False
 
@@ -141,13 +141,21 @@ class DetectorF1(_OfScores):
         super().__init__()
         self.threshold = threshold
 
+
+class DetectorF1(_AtThreshold):
+    """F1_DISC of one detector on the pooled set, decision ``score >= threshold``; lower is better hidden.
+
+    Args:
+        threshold: Smallest score called adversarial; 0.5 for probabilities.
+    """
+
     def compute(self) -> Tensor:
         """Scalar float64."""
         return functional.detector_f1(*self._scores(), self.threshold)
 
 
-class DetectorAccuracy(DetectorF1):
-    """ACC_DISC of one detector on the pooled set, decision ``score >= threshold``.
+class DetectorAccuracy(_AtThreshold):
+    """ACC_DISC of one detector on the pooled set, decision ``score >= threshold``; lower is better hidden.
 
     Args:
         threshold: As in :class:`DetectorF1`.

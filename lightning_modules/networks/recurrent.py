@@ -1,9 +1,10 @@
 """Recurrent classifiers of time series: an RNN read by attention, and an LSTM read at its last step.
 
 B batch, T time, C channels, D hidden size. Source: specification of arXiv 2502.20948, section 7.
-"""
 
-from typing import Self
+cuDNN has no backward pass for recurrent layers in evaluation mode: on a GPU a gradient with respect to the series
+needs ``torch.backends.cudnn.flags(enabled=False)`` around the forward pass, which the attacks of this package see to.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +16,6 @@ from lightning_modules.networks.series_network import (
     require_at_least_one,
     require_probability,
 )
-
-
-class _DifferentiableRNN(nn.RNN):
-    """A recurrent layer that stays in training mode.
-
-    cuDNN has a backward pass for recurrent layers in training mode only, and an attack differentiates a network in
-    evaluation mode. Without dropout inside, and there is none here, both modes are the same function.
-    """
-
-    def train(self, mode: bool = True) -> Self:
-        return super().train(True)
-
-
-class _DifferentiableLSTM(nn.LSTM):
-    """As :class:`_DifferentiableRNN`."""
-
-    def train(self, mode: bool = True) -> Self:
-        return super().train(True)
 
 
 class RNNAttention(SeriesNetwork):
@@ -77,7 +60,7 @@ class RNNAttention(SeriesNetwork):
         require_at_least_one(
             hidden_size=hidden_size, n_recurrent_layers=n_recurrent_layers, n_encoder_layers=n_encoder_layers
         )
-        self.recurrent = _DifferentiableRNN(n_channels, hidden_size, n_recurrent_layers, batch_first=True)
+        self.recurrent = nn.RNN(n_channels, hidden_size, n_recurrent_layers, batch_first=True)
         self.encoder = nn.ModuleList(
             TimeEncoderLayer(hidden_size, n_heads=n_heads, d_feedforward=d_feedforward, dropout=dropout)
             for _ in range(n_encoder_layers)
@@ -132,7 +115,7 @@ class LSTM(SeriesNetwork):
         super().__init__(n_channels=n_channels, n_classes=n_classes, n_steps=n_steps)
         require_at_least_one(hidden_size=hidden_size, n_layers=n_layers)
         require_probability(dropout)
-        self.recurrent = _DifferentiableLSTM(n_channels, hidden_size, n_layers, batch_first=True)
+        self.recurrent = nn.LSTM(n_channels, hidden_size, n_layers, batch_first=True)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden_size, self.n_logits))
 
     def logits(self, series: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,8 +6,7 @@ other costs need no new decisions.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +22,11 @@ class Decision:
         weights: ``(A,) float64`` over all stocks of the market, at least 0, sum 1.
         flags: What went other than asked for, such as ``"infeasible: minimum variance instead"``.
         labels: ``(A,) int64`` cluster of each stock, -1 for stocks that were not eligible; None without clusters.
-        details: More for the report, such as the embedding.
     """
 
     weights: Array
     flags: tuple[str, ...] = ()
     labels: NDArray[np.int64] | None = None
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 Decide = Callable[[Market, int], Decision]
@@ -111,7 +108,7 @@ def make_plan(name: str, market: Market, decide: Decide, rows: NDArray[np.int64]
                 f"{name}, {market.dates[row]}: weights must be {market.n_stocks} numbers of at least 0 that sum to 1, "
                 f"got shape {weights.shape}, sum {weights.sum()!r}, least {weights.min(initial=0)!r}"
             )
-        absent = np.flatnonzero((weights > 0) & np.isnan(market.prices[row - 1]))
+        absent = np.flatnonzero((weights > 0) & ~market.before(int(row)).tradable)
         if len(absent):
             raise ValueError(
                 f"{name}, {market.dates[row]}: weight on {market.tickers[absent[0]]}, without a price the day before"

@@ -32,9 +32,15 @@ class Stocks:
 
 
 class Clusterer(Protocol):
-    """Anything that gives each stock a label."""
+    """Anything that gives each stock a label.
+
+    Attributes:
+        name: For tables.
+        reads_embedding: Whether the representation matters to it.
+    """
 
     name: str
+    reads_embedding: bool
 
     def __call__(self, stocks: Stocks) -> Labels:
         """Labels ``(A,)`` from 0."""
@@ -75,6 +81,7 @@ class _Clusters:
     """
 
     name = "clusters"
+    reads_embedding = True
 
     def __init__(self, *, n_clusters: int = 11) -> None:
         if n_clusters < 2:
@@ -163,6 +170,8 @@ class _SeriesClusters(_Clusters):
     one day, so that KShape finds nothing and DTW is Euclidean.
     """
 
+    reads_embedding = False
+
     def __init__(self, *, n_clusters: int = 11, seed: int = 42) -> None:
         super().__init__(n_clusters=n_clusters)
         self.seed = seed
@@ -215,6 +224,7 @@ class RandomClusters(_Clusters):
     """
 
     name = "random clusters"
+    reads_embedding = False
 
     def __init__(self, *, n_clusters: int = 11, seed: int = 0) -> None:
         super().__init__(n_clusters=n_clusters)
@@ -229,7 +239,14 @@ class SectorClusters:
     """The economic sectors as clusters; stocks of unknown sector form one of their own."""
 
     name = "sectors"
+    reads_embedding = False
 
     def __call__(self, stocks: Stocks) -> Labels:
-        """Labels ``(A,)``."""
+        """Labels ``(A,)``.
+
+        Raises:
+            ValueError: If no sector is known.
+        """
+        if (stocks.sectors < 0).all():
+            raise ValueError("SectorClusters needs sectors (data.init_args.sectors_path), none is known")
         return by_size(stocks.sectors)

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_modules.metrics.bootstrap import Interval
 from lightning_modules.portfolio.inference import deflated_sharpe, sharpe_difference_intervals, sharpe_intervals
-from lightning_modules.portfolio.ledoit_wolf import ledoit_wolf_test
+from lightning_modules.portfolio.ledoit_wolf import FEWEST_DAYS, ledoit_wolf_test
 from lightning_modules.portfolio.market import Array
 from lightning_modules.portfolio.metrics import (
     cost_drag,
@@ -96,7 +96,7 @@ def _random(study: Study) -> dict[str, Any] | None:
         "volatility_explained": spread(explained),
         "n_at_least_model": reached,
         # The draw that is judged counts as one of them, so that the test keeps its level (Phipson and Smyth 2010).
-        "p_value": (1 + reached) / (1 + len(arms)),
+        "p_value": (1 + reached) / (1 + len(arms)) if np.isfinite([ours, *ratios]).all() else None,
     }
 
 
@@ -141,7 +141,9 @@ def findings(study: Study, *, n_resamples: int = 2000, level: float = 0.95) -> d
         gap = gaps[name]
         against = {
             "sharpe": Interval(-gap.mean, -gap.high, -gap.low),
-            "ledoit_wolf_p": ledoit_wolf_test(ours, tracks[name], risk_free=study.risk_free).p_value,
+            "ledoit_wolf_p": ledoit_wolf_test(ours, tracks[name], risk_free=study.risk_free).p_value
+            if len(ours) >= FEWEST_DAYS
+            else None,
         }
         table[name] = _figures(study, arm) | {
             "sharpe": intervals[name],

@@ -13,6 +13,9 @@ from lightning_modules.portfolio.inference import ANNUAL
 from lightning_modules.portfolio.market import Array, daily_risk_free
 from lightning_modules.portfolio.metrics import daily_series
 
+FEWEST_DAYS = 4
+"""Days below which the variance of a Sharpe ratio cannot be estimated."""
+
 
 class SharpeTest(NamedTuple):
     """Outcome of :func:`ledoit_wolf_test`."""
@@ -81,7 +84,7 @@ def ledoit_wolf_test(
     circular block bootstrap: p = (1 + #{|d* - d| / s* >= |d| / s}) / (S + 1), with s* from the sums of blocks.
 
     Args:
-        returns: ``(n,)`` simple daily returns, n at least 4.
+        returns: ``(n,)`` simple daily returns, n at least ``FEWEST_DAYS``.
         baseline: ``(n,)`` on the same days.
         risk_free: Annual.
         n_resamples: S of the bootstrap, None for none.
@@ -101,8 +104,10 @@ def ledoit_wolf_test(
     """
     ours, theirs = daily_series(returns), daily_series(baseline, "baseline")
     n_days = len(ours)
-    if n_days != len(theirs) or n_days < 4:
-        raise ValueError(f"both series must cover the same days, at least 4, got {n_days} and {len(theirs)}")
+    if n_days != len(theirs) or n_days < FEWEST_DAYS:
+        raise ValueError(
+            f"both series must cover the same days, at least {FEWEST_DAYS}, got {n_days} and {len(theirs)}"
+        )
     if n_resamples is not None and (n_resamples < 1 or not 1 <= block <= n_days // 2):
         raise ValueError(
             f"n_resamples must be at least 1 and block from 1 to {n_days // 2}, got {n_resamples} and {block}"

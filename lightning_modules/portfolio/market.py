@@ -111,12 +111,22 @@ class Market:
     def eligible(self, min_observed: float = 0.95) -> NDArray[np.int64]:
         """Columns that could be bought on the day after the last row, judged by these rows alone.
 
-        A member on the last day, with a price on the last day (so neither delisted nor suspended), and with a return
-        on at least ``min_observed`` of the days from the second on.
+        A member on the last day that can be traded, with a return on at least ``min_observed`` of the days from the
+        second on.
         """
         observed = ~np.isnan(self.returns[1:])
         share = observed.mean(0) if len(observed) else np.zeros(self.n_stocks)
-        return np.flatnonzero(self.member[-1] & ~np.isnan(self.prices[-1]) & (share >= min_observed))
+        return np.flatnonzero(self.member[-1] & self.tradable & (share >= min_observed))
+
+    @cached_property
+    def tradable(self) -> NDArray[np.bool_]:
+        """``(A,)`` whether a stock has a price on the last day, or one of so few days before that it is carried on.
+
+        How many days is the data module's rule: they have a return of 0. Delisted stocks have none from the day on
+        which their delisting return is paid.
+        """
+        quoted = ~np.isnan(self.prices[-1]) | ~np.isnan(self.returns[-1])
+        return quoted & np.isnan(self.delisting_returns)
 
     def filled_returns(self) -> Array:
         """``(T - 1, A)`` returns from the second day on, 0 where unknown: no price, no known change."""

@@ -65,6 +65,12 @@ def without_first_of_month(market: Market) -> Market:
     )
 
 
+def eligible_stocks(past: Market, n_train_days: int, weight_months: int, min_observed: float) -> NDArray[np.int64]:
+    """Columns with enough returns both in the train window and in the months that weights are estimated on."""
+    trained_on, weighed_on = past.before(len(past), n_train_days), last_months(past, weight_months)
+    return np.intersect1d(trained_on.eligible(min_observed), weighed_on.eligible(min_observed))
+
+
 @dataclass(frozen=True)
 class Groups:
     """Outcome of a refit.
@@ -103,7 +109,7 @@ class ClusterStrategy:
         min_observed: Share of days with a return that makes a stock eligible.
         hindsight: Days that stocks are selected with instead of the window: the look-ahead of the published protocol.
             None (causal) selects by the window.
-        purge_days: Sessions between the window of the first refit and the first rebalance, left out.
+        purge_days: Sessions left out between the window and the day of each refit.
     """
 
     represent: Represent
@@ -124,12 +130,13 @@ class ClusterStrategy:
         Raises:
             ValueError: If no stock is eligible, or there are fewer than clusters.
         """
-        window = past.rows(len(past) - self.purge_days - self.n_train_days, len(past) - self.purge_days)
-        columns = window.eligible(self.min_observed)
+        known = past.before(len(past) - self.purge_days)
+        window = known.before(len(known), self.n_train_days)
+        columns = eligible_stocks(known, self.n_train_days, self.weight_months, self.min_observed)
         if len(columns) == 0:
             raise ValueError(
-                f"no stock is eligible on {past.dates[-1]}: none is a member with a price that day and returns on "
-                f"{self.min_observed:.0%} of the {len(window)} days before"
+                f"no stock is eligible on {known.dates[-1]}: none is a member with a price that day and returns on "
+                f"{self.min_observed:.0%} of the {len(window)} days before and of the last {self.weight_months} months"
             )
         stocks = window.stocks(columns)
         embedding = standardised(self.represent(stocks))
@@ -150,13 +157,14 @@ class ClusterStrategy:
         """Target weights of the stocks picked at the last refit, after the last row of ``past``.
 
         Raises:
-            ValueError: If none of them has a price on that day.
+            ValueError: If none of them can be traded on that day.
         """
         # A stock picked earlier may have left the market since.
-        picks = groups.picks[~np.isnan(past.prices[-1, groups.picks])]
+        picks = groups.picks[past.tradable[groups.picks]]
         if len(picks) == 0:
             raise ValueError(f"none of the {len(groups.picks)} picked stocks has a price on {past.dates[-1]}")
-        flags = () if len(picks) == len(groups.picks) else (f"left: {len(groups.picks) - len(picks)} picked stocks",)
+        missing = len(groups.picks) - len(picks)
+        flags = (f"no price: {missing} of {len(groups.picks)} picked stocks",) if missing else ()
         labels = groups.labels_of_all(past.n_stocks)
         weights = self.weighting(last_months(past.stocks(picks), self.weight_months).filled_returns(), labels[picks])
         target = np.zeros(past.n_stocks)
@@ -181,8 +189,14 @@ class AllocationStrategy:
     min_observed: float = 0.95
 
     def __call__(self, past: Market, number: int) -> Decision:
-        """Target weights after the last row of ``past``."""
-        columns = past.before(len(past), self.n_train_days).eligible(self.min_observed)
+        """Target weights after the last row of ``past``.
+
+        Raises:
+            ValueError: If no stock is eligible.
+        """
+        columns = eligible_stocks(past, self.n_train_days, self.weight_months, self.min_observed)
+        if len(columns) == 0:
+            raise ValueError(f"no stock is eligible on {past.dates[-1]}")
         returns = last_months(past.stocks(columns), self.weight_months).filled_returns()
         weights = self.weighting(returns, np.zeros(len(columns), dtype=np.int64))
         target = np.zeros(past.n_stocks)

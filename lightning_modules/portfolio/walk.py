@@ -6,6 +6,8 @@ and selected once, in the train window. ``causal_rolling``: all that anew every 
 length. In the last two, whatever holds on a day was known at the close before it.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -22,9 +24,10 @@ from lightning_modules.portfolio.strategy import (
     ClusterStrategy,
     Represent,
     Selection,
+    eligible_stocks,
     without_first_of_month,
 )
-from lightning_modules.portfolio.study import Arm
+from lightning_modules.portfolio.study import VOLATILITY_ONLY, Arm
 from lightning_modules.portfolio.weighting import (
     EqualWeight,
     HierarchicalRiskParity,
@@ -35,6 +38,8 @@ from lightning_modules.portfolio.weighting import (
 )
 
 Mode = Literal["published", "causal", "causal_rolling"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +127,16 @@ class Frame:
         """The days of the train window."""
         return self.market.rows(*self.train)
 
+    def first_stocks(self, rules: Rules) -> Market:
+        """The train window of the stocks that are eligible at its end."""
+        return self.train_window.stocks(self.first_columns(rules))
+
+    def first_columns(self, rules: Rules) -> NDArray[np.int64]:
+        """Columns of the stocks that are eligible at the end of the train window."""
+        n_train_days = self.train[1] - self.train[0]
+        known = self.market.rows(0, self.train[1])
+        return eligible_stocks(known, n_train_days, rules.weight_months, rules.min_observed)
+
     def index_track(self) -> Track:
         """The index bought at the start of the test and held, free of charge.
 
@@ -169,7 +184,23 @@ def cluster_strategy(frame: Frame, rules: Rules, represent: Represent, clusterer
 def walk(name: str, kind: str, frame: Frame, rules: Rules, decide: Decide) -> Arm:
     """Take one strategy through the test period."""
     plan: Plan = make_plan(name, frame.market, decide, frame.rebalances, frame.test[1])
+    if kind == "model":
+        heads = Counter(flag.split(":")[0] for decision in plan.decisions for flag in decision.flags)
+        for head, times in heads.items():
+            logger.warning("%s: %s at %d of %d rebalances, see the report", name, head, times, len(plan.rows))
     return Arm(name, kind, hold(plan, frame.market, cost_bps=rules.cost_bps, drift=rules.drift), plan)
+
+
+def names_of(clusterers: Sequence[Clusterer]) -> dict[str, Clusterer]:
+    """Names that differ: where two clusterers share one, it is followed by the number of clusters, or a number."""
+    shared = Counter(clusterer.name for clusterer in clusterers)
+    named: dict[str, Clusterer] = {}
+    for number, clusterer in enumerate(clusterers, start=1):
+        name = clusterer.name
+        if shared[name] > 1:
+            name = f"{name} {getattr(clusterer, 'n_clusters', number)}"
+        named[name if name not in named else f"{name} ({number})"] = clusterer
+    return named
 
 
 def no_representation(stocks: Market) -> Array:
@@ -185,9 +216,9 @@ def volatility_only(stocks: Market) -> Array:
 def control_arms(frame: Frame, rules: Rules, clusterers: Sequence[Clusterer]) -> list[Arm]:
     """What the model is compared with: clusters by volatility alone and by sectors, weights without clusters, index."""
     arms = []
-    for clusterer in clusterers:
+    for name, clusterer in names_of([clusterer for clusterer in clusterers if clusterer.reads_embedding]).items():
         strategy = cluster_strategy(frame, rules, volatility_only, clusterer)
-        arms.append(walk(f"volatility only, {clusterer.name}", "clusters", frame, rules, strategy))
+        arms.append(walk(f"{VOLATILITY_ONLY}, {name}", "clusters", frame, rules, strategy))
     if frame.market.sector_names:
         strategy = cluster_strategy(frame, rules, no_representation, SectorClusters())
         arms.append(walk("sectors", "clusters", frame, rules, strategy))

@@ -17,6 +17,7 @@ from lightning_modules.portfolio.backtest import hold
 from lightning_modules.portfolio.clusterers import (
     DTWKMeansClusters,
     KMeansClusters,
+    KShapeClusters,
     RandomClusters,
     SectorClusters,
     SpectralClusters,
@@ -134,6 +135,7 @@ CLUSTERERS = {
     "k-means": lambda: KMeansClusters(n_clusters=4),
     "spectral": lambda: SpectralClusters(n_clusters=4),
     "dtw": lambda: DTWKMeansClusters(n_clusters=3),
+    "k-shape": lambda: KShapeClusters(n_clusters=3),
     "sectors": SectorClusters,
     "random": lambda: RandomClusters(n_clusters=4),
 }
@@ -193,9 +195,11 @@ def test_representations(name):
     )
 
 
-@pytest.mark.parametrize("name", CLUSTERERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "k-shape" else []) for name in CLUSTERERS]
+)
 def test_clusterers(name):
-    if name == "dtw":
+    if name in ("dtw", "k-shape"):
         pytest.importorskip("tslearn", reason="this clusterer is of tslearn: seqlit[timeseries]")
     assert_same_before(PROBE, rules_of(), lambda: represented(PrincipalComponents(n_components=3)), CLUSTERERS[name])
 
@@ -239,27 +243,21 @@ def test_allocations_without_clusters(name):
     assert np.array_equal(mine.targets[:n_decided], theirs.targets)
 
 
-def test_the_probe_fails_on_the_published_protocol():
-    rules = Rules(mode="published", weight_months=4, min_observed=0.9, weighting=EqualWeight())
-    with pytest.raises(AssertionError, match="array_equal"):
-        assert_same_before(PROBE, rules, lambda: represented(VolatilityOnly()), lambda: WardClusters(n_clusters=4))
-
-
-def test_the_first_month_of_the_published_protocol_knows_the_last():
-    rules = Rules(mode="published", weight_months=4, weighting=EqualWeight())
+@pytest.mark.parametrize("mode", ["published", "causal", "causal_rolling"])
+def test_stocks_of_the_first_month_know_the_last_where_published_and_nowhere_else(mode):
+    """The same probe on all three modes: it must find the look-ahead, and nothing where nothing changed."""
+    rules = Rules(mode=mode, weight_months=4, weighting=EqualWeight())
     whole = Market.from_batch(null_market(3, n_stocks=60, n_days=N_DAYS).fields())
     noise = Market.from_batch(null_market(4, n_stocks=60, n_days=N_DAYS).fields())
 
-    def picked(last: Market) -> np.ndarray:
-        cut = PROBE
-        prices = whole.prices.copy()
-        prices[cut:] = prices[cut - 1] * np.cumprod(1 + last.returns[cut:], axis=0)
-        returns = whole.returns.copy()
-        returns[cut:] = last.returns[cut:]
+    def first_month(later: Market) -> np.ndarray:
+        """Weights of the first month where the returns from the probe's row on are those of ``later``."""
+        prices, returns = whole.prices.copy(), whole.returns.copy()
+        prices[PROBE:] = prices[PROBE - 1] * np.cumprod(1 + later.returns[PROBE:], axis=0)
+        returns[PROBE:] = later.returns[PROBE:]
         frame = Frame(replace(whole, prices=prices, returns=returns), (0, N_TRAIN), (N_TRAIN, N_DAYS))
-        clusterer = RandomClusters(n_clusters=4)
-        strategy = cluster_strategy(frame, rules, represented(VolatilityOnly()), clusterer)
+        strategy = cluster_strategy(frame, rules, represented(VolatilityOnly()), RandomClusters(n_clusters=4))
         return walk("probe", "model", frame, rules, strategy).plan.targets[0]
 
-    assert np.array_equal(picked(whole), picked(whole))
-    assert not np.array_equal(picked(whole), picked(noise)), "stocks of the first month know the last"
+    assert np.array_equal(first_month(whole), first_month(whole))
+    assert np.array_equal(first_month(whole), first_month(noise)) == (mode != "published")

@@ -369,14 +369,14 @@ def test_classes_equal_functions_over_uneven_batches():
 
 
 def test_batch_values_and_a_collection_do_not_mix_states():
-    collection = MetricCollection({"0.5": DetectorF1(), "0.9": DetectorF1(0.9), "auc": DetectorAUC()})
+    collection = MetricCollection({"at_0_5": DetectorF1(), "at_0_9": DetectorF1(0.9), "auc": DetectorAUC()})
     # no series above either threshold at first: the two F1 agree, and must still part later
     first = collection(torch.zeros(4), torch.zeros(4))
-    assert float(first["0.5"]) == float(first["0.9"]) == 0
+    assert float(first["at_0_5"]) == float(first["at_0_9"]) == 0
     collection(torch.zeros(4), torch.full((4,), 0.7))
     found = collection.compute()
-    assert float(found["0.5"]) == pytest.approx(2 / 3)
-    assert float(found["0.9"]) == 0
+    assert float(found["at_0_5"]) == pytest.approx(2 / 3)
+    assert float(found["at_0_9"]) == 0
     success = SuccessF()
     labels = torch.tensor([0, 1])
     assert float(success(1 - labels, labels, torch.zeros(2), torch.zeros(2))) == 1
@@ -385,46 +385,57 @@ def test_batch_values_and_a_collection_do_not_mix_states():
     assert float(success.compute()) == pytest.approx(2 / 3)
 
 
+SHARDS = {
+    "uneven": [[(9, 0), (4, 1)], [(11, 2)]],
+    "second without a batch": [[(9, 0), (8, 1)], []],
+}
+"""Batches, as (series, seed), that each of two processes sees."""
+
 WORKER = textwrap.dedent(
     """
     import importlib.util, sys
     import torch
     from torch import distributed
 
-    spec = importlib.util.spec_from_file_location("attack_metrics_here", sys.argv[4])
+    rank, folder, file = int(sys.argv[1]), *sys.argv[2:]
+    spec = importlib.util.spec_from_file_location("attack_metrics_here", file)
     here = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(here)
-    rank, folder = int(sys.argv[1]), sys.argv[2]
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    metrics = here.make_metrics()
-    for n, seed in eval(sys.argv[3])[rank]:
-        here.update_all(metrics, here.make_batch(n, seed))
-    torch.save({name: metric.compute() for name, metric in metrics.items()}, f"{folder}/out.{rank}")
+    found = {}
+    for name, shards in here.SHARDS.items():
+        metrics = here.make_metrics()
+        for n_series, seed in shards[rank]:
+            here.update_all(metrics, here.make_batch(n_series, seed))
+        found[name] = {key: metric.compute() for key, metric in metrics.items()}
+    torch.save(found, f"{folder}/found.{rank}")
     distributed.barrier()
     distributed.destroy_process_group()
     """
 )
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
-@pytest.mark.parametrize("shards", ["[[(9, 0), (4, 1)], [(11, 2)]]", "[[(9, 0), (8, 1)], []]"], ids=["uneven", "empty"])
-def test_two_processes_equal_one(shards, tmp_path):
+def test_two_processes_equal_one(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-W", "ignore", "-c", WORKER]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path), shards, __file__], env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-W", "ignore", "-c", WORKER, str(rank), str(tmp_path), __file__],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    expected = expected_of(join([make_batch(n, seed) for shard in eval(shards) for n, seed in shard]))
-    for rank in range(2):
-        found = torch.load(tmp_path / f"out.{rank}")
-        for name, value in expected.items():
-            close(found[name], value)
+    for case, shards in SHARDS.items():
+        expected = expected_of(join([make_batch(n, seed) for shard in shards for n, seed in shard]))
+        for rank in range(2):
+            found = torch.load(tmp_path / f"found.{rank}")[case]
+            assert set(found) == set(expected)
+            for name, value in expected.items():
+                close(found[name], value)
 
 
 @pytest.mark.parametrize(

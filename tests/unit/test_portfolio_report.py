@@ -116,8 +116,16 @@ def test_a_series_without_spread_has_no_ratio_and_ends_nothing(study):
     found = findings(still, n_resamples=DRAWS)
     assert found["arms"]["index"]["sharpe"] == [None, None, None]
     assert "| index | 0.0% | 0.0% | not defined [not defined, not defined]" in "\n".join(table(found))
-    assert "holding zero, from: " in text(found)
-    assert "index" in text(found).split("holding zero, from: ")[1].split("\n")[0]
+    assert "The difference is not defined, a ratio having no spread, to: index." in text(found)
+    assert "index" not in text(found).split("holding zero, from: ")[1].split("\n")[0]
+
+
+def test_random_clusters_without_a_ratio_are_no_finding(study):
+    flat = np.zeros(len(study.dates))
+    still = replace(study.model.track, returns=flat, gross_returns=flat)
+    found = findings(replace(study, arms=(replace(study.model, track=still), *study.arms[1:])), n_resamples=DRAWS)
+    assert found["random"]["p_value"] is None
+    assert "a Sharpe ratio is not defined" in text(found)
 
 
 def test_same_study_same_findings(study, found):

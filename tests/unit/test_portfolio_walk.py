@@ -136,7 +136,7 @@ def test_a_picked_stock_that_leaves_is_dropped_and_said(frame):
     plan = walk("x", "model", frame, rules, strategy).plan
     left = frame.market.last_price_row[gone].min()
     after = int(np.flatnonzero(plan.rows > left)[0])
-    assert plan.decisions[after].flags[0].startswith("left: ")
+    assert plan.decisions[after].flags[0].startswith("no price: ")
     assert plan.targets[after][gone[frame.market.last_price_row[gone] == left]].tolist() == [0.0]
     assert plan.targets.sum(1) == pytest.approx(1), "the others take its place"
 
@@ -145,9 +145,9 @@ def test_when_all_picked_stocks_have_left_it_says_so(frame):
     rules = Rules(weighting=EqualWeight())
     strategy = cluster_strategy(frame, rules, no_representation, RandomClusters(n_clusters=2))
     strategy.selection = lambda labels, returns, embedding: np.array([0])
-    prices = frame.market.prices.copy()
-    prices[300:, 0] = np.nan
-    emptied = replace(frame, market=replace(frame.market, prices=prices))
+    prices, returns = frame.market.prices.copy(), frame.market.returns.copy()
+    prices[300:, 0] = returns[300:, 0] = np.nan
+    emptied = replace(frame, market=replace(frame.market, prices=prices, returns=returns))
     with pytest.raises(ValueError, match="none of the 1 picked stocks has a price on"):
         walk("x", "model", emptied, rules, strategy)
 

@@ -48,7 +48,7 @@ def test_logits_have_one_column_for_two_classes(name, n_channels, n_classes, n_l
     series = torch.randn(5, T, n_channels)
     logits = network(series)
     assert logits.shape == (5, n_logits)
-    assert logits.std(0).min() > 1e-2, "logits must depend on the series"
+    assert logits.std(0).min() > 5e-4, "logits must depend on the series, far above rounding"
     # Rounding only: with a mask the sums over time run over the same numbers.
     torch.testing.assert_close(network(series, torch.ones(5, T, dtype=torch.bool)), logits, rtol=1e-5, atol=1e-6)
 
@@ -307,26 +307,17 @@ def test_patch_tst_does_not_feel_level_and_scale_unless_denormalised():
     torch.testing.assert_close(released(series), network(series) * deviation + series.mean(1))
 
 
-def test_recurrent_layers_differ_in_no_mode():
-    """They stay in training mode, where cuDNN can differentiate; their function is the same."""
-    network = build("rnn_attention")
-    assert not network.training
-    series = torch.randn(3, T, 2)
-    states = network.recurrent(series)[0]
-    nn.Module.train(network.recurrent, False)
-    assert torch.equal(states, network.recurrent(series)[0])
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SMALL)
 def test_gradients_in_evaluation_mode_exist_on_a_gpu(name):
-    network = build(name).cuda()
-    series = torch.randn(4, T, 2, device="cuda", requires_grad=True)
-    (gradient,) = torch.autograd.grad(network(series).sum(), series)
-    expected = build(name)(series.detach().cpu())
-    assert gradient.isfinite().all()
+    network, reference = build(name).cuda(), build(name)
+    series = torch.randn(4, T, 2, requires_grad=True)
+    on_gpu = series.detach().cuda().requires_grad_()
+    with torch.backends.cudnn.flags(enabled=False):  # what recurrent layers need
+        (gradient,) = torch.autograd.grad(network(on_gpu).sum(), on_gpu)
+    (expected,) = torch.autograd.grad(reference(series).sum(), series)
     # float32 sums in another order, TF32 off
-    torch.testing.assert_close(network(series).cpu(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
 def n_weights(network):

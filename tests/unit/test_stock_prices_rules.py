@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from datamodules import StockPricesDataModule
-from datamodules.price_rules import causal_returns, published_selection, without_price_errors
+from datamodules.price_rules import causal_returns, published_selection, sessions, without_price_errors
 from datamodules.sources.file_names import BUNDLED
 from datamodules.sources.prices import PriceTable
 
@@ -106,7 +106,7 @@ def test_published_gaps_by_hand(tmp_path):
     np.testing.assert_array_equal(panel.prices, prices[np.ix_(kept, [0, 1, 2])])
     np.testing.assert_array_equal(panel.returns[1:], panel.prices[1:] / panel.prices[:-1] - 1)
     assert (panel.train_start, panel.train_stop, panel.test_start, panel.test_stop) == (0, 23, 23, 38)
-    assert panel.flags == ("gaps='published': 3 of 4 stocks and 38 of 40 days kept",)
+    assert panel.flags == ("gaps='published' looks ahead, over the test too: 3 of 4 stocks and 38 of 40 days kept",)
 
 
 def test_published_gaps_keep_a_stock_at_exactly_five_per_cent():
@@ -262,3 +262,28 @@ def test_delistings(tmp_path):
         file.write_text(f"ticker,date,return\n{text}\n")
         with pytest.raises(ValueError, match=message):
             module(tmp_path, prices, **arguments).setup("fit")
+
+
+@pytest.mark.parametrize("spike", [-0.4, -0.22, -0.19, 0.2, 0.26, 0.3, 0.4, 3.0])
+def test_a_spike_and_its_way_back_are_mended_together_or_not_at_all(spike):
+    """Simple returns of the two differ: +30 % comes back by -23 %. Judged apart, half a spike would become a loss."""
+    days = np.arange(np.datetime64("2020-01-01"), np.datetime64("2020-01-07"))
+    prices = np.full((6, 1), 100.0)
+    prices[3] *= 1 + spike
+    one = PriceTable(days, ("A",), prices)
+    mended, flags = without_price_errors(one, PriceTable(days, ("A",), np.full((6, 1), 100.0)), 0.25, ("a", "b"))
+    large = abs(np.log1p(spike)) > np.log1p(0.25)
+    assert len(flags) == (2 if large else 0)
+    np.testing.assert_allclose(mended, 100.0 if large else prices, rtol=1e-12)
+
+
+def test_days_without_any_price_are_left_out_and_weekly_prices_refused(tmp_path):
+    prices = walk(40, 3)
+    prices[[7, 20]] = NAN
+    loaded = module(tmp_path, prices, test_start=30, window_length=5)
+    assert len(loaded.panel.dates) == 38
+    assert loaded.panel.flags[0].endswith("2 days without any price are left out")
+    weeks = np.datetime64("2020-01-03") + 7 * np.arange(40)
+    table = PriceTable(weeks, ("A", "B", "C"), walk(40, 3))
+    with pytest.raises(ValueError, match="w: daily prices are needed, the median step between its 40 days is 7"):
+        sessions(table, "w")

@@ -1,0 +1,222 @@
+"""Victims from anywhere: loading, pre-processing inside the graph, and the refusal of probabilities.
+
+B series, T steps, C channels, K classes. Nothing here unpickles code: weights are read with ``weights_only``, programs
+as TorchScript or as an exported program.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.attacks.frozen_networks import Network, call, frozen
+
+SHAPE_ONLY = (
+    *("Alias", "AsStrided", "Cat", "Clamp", "Clone", "Expand", "Permute", "Reshape", "Select", "Slice", "Split"),
+    *("Squeeze", "Stack", "T", "ToCopy", "Transpose", "Unbind", "Unsafe", "Unsqueeze", "UnsafeView", "View"),
+)
+"""Beginnings of the names of autograd nodes that move values about (or clip them) without turning them into others."""
+
+PROBES = (1.0, -1.0, 10.0, -10.0, 100.0, -100.0)
+"""Factors of the series that show whether a single output can leave 0..1."""
+
+
+def _ends_in_sigmoid(output: Tensor) -> bool:
+    """Whether autograd reaches a sigmoid or softmax behind nodes that only move values."""
+    node = output.grad_fn
+    while node is not None:
+        if node.name().startswith(("Sigmoid", "Softmax")):
+            return True
+        if not node.name().startswith(SHAPE_ONLY) or not node.next_functions:
+            return False
+        node = node.next_functions[0][0]
+    return False
+
+
+def refuse_probabilities(
+    network: Network, x: Tensor, mask: Tensor | None = None, *, logits: Tensor | None = None
+) -> None:
+    """Raise where a network returns probabilities in place of logits.
+
+    Outputs inside 0..1 are suspicious, not proof: an untrained network gives small logits. Several columns are
+    probabilities if every row sums to 1. One column is if autograd finds a sigmoid right behind it, or if outputs come
+    within 0.01 of both 0 and 1 over series scaled by -100..100 and noise as large, and never leave 0..1.
+
+    Args:
+        network: Classifier or detector.
+        x: ``(B, T, C) float`` series; at most 8 are probed.
+        mask: ``(B, T) bool`` or None.
+        logits: ``(B, K') float`` outputs for ``x`` where already known.
+
+    Raises:
+        ValueError: If the outputs are probabilities.
+    """
+    if logits is not None and not bool(((logits >= 0) & (logits <= 1)).all()):
+        return
+    x, mask = x[:8], None if mask is None else mask[:8]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    with frozen([network], x.device):
+        points = [x * factor for factor in PROBES] + [noise * factor for factor in PROBES]
+        outputs = [call(network, point.detach().clone().requires_grad_(), mask) for point in points]
+        ends_in_sigmoid = _ends_in_sigmoid(outputs[0])
+        found = torch.cat([output.detach() for output in outputs])
+    if not bool(((found >= 0) & (found <= 1)).all()):
+        return
+    if found.shape[1] > 1:
+        # 1e-3: half precision sums to 1 within about 5e-4
+        probabilities = bool(((found.sum(dim=1) - 1).abs() < 1e-3).all()) and bool((found != found[:1]).any())
+    else:
+        probabilities = ends_in_sigmoid or (bool(found.min() < 0.01) and bool(found.max() > 0.99))
+    if probabilities:
+        raise ValueError(
+            f"the network returns probabilities (all {found.numel()} probed outputs in 0..1); give logits: drop its "
+            "last sigmoid or softmax"
+        )
+
+
+class Victim(nn.Module):
+    """A network with its own pre-processing inside the graph, so that an attack differentiates through both.
+
+    Args:
+        network: ``(series) -> logits`` or ``(series, mask) -> logits``.
+        preprocessing: ``(B, T, C) -> what the network takes``, differentiable; None for none.
+        channels_first: Hand the network ``(B, C, T)``; the pre-processing still gets ``(B, T, C)``.
+    """
+
+    def __init__(
+        self, network: Network, preprocessing: Callable[[Tensor], Tensor] | None = None, *, channels_first: bool = False
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.preprocessing = preprocessing
+        self.channels_first = channels_first
+
+    def forward(self, series: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits ``(B, 1)`` or ``(B, K)``; the mask goes to networks that take one."""
+        prepared = series if self.preprocessing is None else self.preprocessing(series)
+        return call(self.network, prepared.transpose(1, 2) if self.channels_first else prepared, mask)
+
+
+def load_victim(
+    *,
+    class_path: str | None = None,
+    init_args: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+    program: str | Path | None = None,
+    preprocessing: Callable[[Tensor], Tensor] | None = None,
+    channels_first: bool = False,
+    probe: Tensor | None = None,
+) -> Victim:
+    """A victim by class path with its weights, or from the file of a program.
+
+    Args:
+        class_path: Import path of an ``nn.Module``, such as ``package.module.Class``.
+        init_args: Its arguments.
+        weights: File of its ``state_dict``, or of a checkpoint with one under ``"state_dict"`` or ``"model"``; read
+            with ``weights_only``, so that the file cannot run code.
+        program: File of ``torch.export`` (``.pt2``) or of TorchScript (any other ending), in place of a class.
+        preprocessing: See :class:`Victim`.
+        channels_first: See :class:`Victim`.
+        probe: ``(B, T, C) float`` series on which the outputs are checked for probabilities and for their shape.
+
+    Raises:
+        ValueError: If neither or both of class and program are given, the class is not an ``nn.Module``, a file is
+            missing or cannot be read, the weights do not fit, or the outputs are not logits.
+    """
+    if (class_path is None) == (program is None):
+        raise ValueError(f"give either class_path or program, got {class_path!r} and {program!r}")
+    if program is not None:
+        if init_args or weights:
+            raise ValueError("a program brings its arguments and weights: give init_args and weights with class_path")
+        network: nn.Module = _load_program(Path(program))
+    else:
+        assert class_path is not None
+        network = _instance(class_path, init_args or {})
+        if weights is not None:
+            _load_weights(network, Path(weights))
+    victim = Victim(network, preprocessing, channels_first=channels_first)
+    if probe is not None:
+        check_logits(victim, probe)
+    return victim
+
+
+def check_logits(network: Network, x: Tensor, mask: Tensor | None = None) -> int:
+    """Number of classes of a network that returns logits.
+
+    Args:
+        network: Classifier.
+        x: ``(B, T, C) float`` series; at most 8 are used.
+        mask: ``(B, T) bool`` or None.
+
+    Returns:
+        K, 2 for one logit.
+
+    Raises:
+        ValueError: If the output is not ``(B, 1)`` or ``(B, K)``, is not finite or holds probabilities.
+    """
+    x, mask = x[:8], None if mask is None else mask[:8]
+    with frozen([network], x.device), torch.no_grad():
+        logits = call(network, x.clone(), mask)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 1:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"a classifier must return logits of shape ({len(x)}, 1 or n_classes), got {got}")
+    if not bool(logits.isfinite().all()):
+        raise ValueError(f"the classifier returns a logit that is not finite on {len(x)} series")
+    refuse_probabilities(network, x, mask, logits=logits)
+    return max(2, logits.shape[1])
+
+
+def _instance(class_path: str, init_args: Mapping[str, Any]) -> nn.Module:
+    module_name, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"class_path {class_path!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"class_path must name an nn.Module, got {class_path!r}")
+    try:
+        return found(**init_args)
+    except TypeError as error:
+        raise ValueError(f"{class_path} does not take init_args {dict(init_args)}: {error}") from error
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    return path
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    try:
+        loaded = torch.load(_existing(path), map_location="cpu", weights_only=True)
+    except Exception as error:
+        if isinstance(error, ValueError):
+            raise
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a file of plain weights (read with weights_only): {first}") from error
+    state = loaded
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            state = loaded[key]
+            break
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        found = " ".join(str(error).split())
+        raise ValueError(f"the weights of {path} do not fit {type(network).__name__}: {found}") from error
+
+
+def _load_program(path: Path) -> nn.Module:
+    _existing(path)
+    try:
+        if path.suffix == ".pt2":
+            return torch.export.load(path).module()
+        return torch.jit.load(path, map_location="cpu")
+    except Exception as error:
+        raise ValueError(
+            f"{path} holds no program of torch.export or TorchScript: {str(error).splitlines()[0]}"
+        ) from error
