@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -26,7 +27,10 @@ from lightning_modules.run_folder import (
 )
 
 # Facts that the data knows and the model needs. A model that has no such argument ignores the link.
-LINKS = ("n_items", "max_length", "recommend_seen", "target", "item_counts")
+LINKS = (
+    *("n_items", "max_length", "recommend_seen", "target", "item_counts"),
+    *("n_channels", "n_classes", "n_steps", "class_names", "is_z_normed"),
+)
 # Module that is missing -> extra that brings it.
 EXTRAS = {
     "wandb": "wandb",
@@ -195,6 +199,8 @@ def main() -> None:
     data_log.setLevel(logging.INFO)
     for message in _IRRELEVANT:
         warnings.filterwarnings("ignore", message=message)
+    # Some injected classes are dataclasses with subclasses, such as the objectives of attacks.
+    set_parsing_settings(subclasses_enabled=["is_pure_dataclass"])
     try:
         SeqlitCLI(
             subclass_mode_model=True,

@@ -27,7 +27,10 @@ _FACTS = ("n_channels", "n_classes", "n_steps")
 
 @dataclass  # not frozen: Lightning refuses to collect frozen ones from predict
 class ClassPredictions:
-    """Answers for a batch: ``index (B,) int64``, rows of the split, and ``logits (B, 1)`` or ``(B, K) float``."""
+    """Answers for a batch of series.
+
+    ``index (B,) int64`` are rows of the split, ``logits (B, 1) float`` that of class 1 of two, or ``(B, K)``.
+    """
 
     index: Tensor
     logits: Tensor
@@ -57,8 +60,8 @@ class TimeSeriesClassifier(LightningModule):
         n_classes: K, at least 2.
         n_steps: T of the data.
         network: Called with the three facts by name; returns a module ``network(series, mask) -> logits (B, 1)`` for
-            two classes or ``(B, K)``. One
-            without a parameter ``mask`` is called with the series alone, and padding is refused.
+            two classes or ``(B, K)``. One without a parameter ``mask`` is called with the series alone, and padding
+            is refused.
         optimizer: Called with the parameters.
         scheduler: Called with the optimiser; stepped every epoch, a plateau scheduler on ``monitor``.
         monitor: The logged key a plateau scheduler watches.
@@ -99,14 +102,10 @@ class TimeSeriesClassifier(LightningModule):
         self.test_auroc: Metric = BinaryAUROC() if n_classes == 2 else MulticlassAUROC(n_classes, average="macro")
 
     def _metrics(self, prefix: str) -> MetricCollection:
-        accuracy, f1 = (
-            (BinaryAccuracy(), BinaryF1Score())
-            if self.n_classes == 2
-            else (
-                MulticlassAccuracy(self.n_classes, average="micro"),
-                MulticlassF1Score(self.n_classes, average="macro"),
-            )
-        )
+        if self.n_classes == 2:
+            return MetricCollection({"accuracy": BinaryAccuracy(), "f1": BinaryF1Score()}, prefix=prefix)
+        accuracy = MulticlassAccuracy(self.n_classes, average="micro")
+        f1 = MulticlassF1Score(self.n_classes, average="macro")
         return MetricCollection({"accuracy": accuracy, "f1": f1}, prefix=prefix)
 
     def forward(self, series: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -247,7 +247,8 @@ def table(arms: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
         for key in ("volatility", "max_drawdown")
     }
     yield ""
-    yield f"Costs of 10 bps move volatility by at most {moved['volatility']:.4f}, drawdown by {moved['max_drawdown']:.4f}."
+    moves = f"volatility by at most {moved['volatility']:.4f}, drawdown by {moved['max_drawdown']:.4f}"
+    yield f"Costs of 10 bps move {moves}."
 
 
 def anchors(found: dict[str, dict[str, list[dict[str, Any]]]]) -> Iterator[str]:

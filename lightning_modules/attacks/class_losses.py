@@ -9,13 +9,18 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, softplus
+from torch.nn.functional import one_hot
 
 ClassLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (..., K'), labels (...)) -> (...)``."""
 
 TINY_GAP = 1e-12
 """Keeps DLR finite where all logits are equal (as in the reference of Croce and Hein)."""
+
+
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))``; torch's own returns ``x`` from 20 on, which float64 can tell apart, this one from 40 on."""
+    return torch.nn.functional.softplus(x, threshold=40.0)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:

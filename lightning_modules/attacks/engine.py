@@ -14,7 +14,7 @@ Source: spec of the concealed attack, section 5.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class AttackResult:
     n_gradients: int
     iterates: Tensor | None = None
 
-    SERIES_AXIS = {"logits": 1, "detector_logits": 2, "values": 1, "iterates": 1}  # noqa: RUF012 - not a field
+    SERIES_AXIS: ClassVar[dict[str, int]] = {"logits": 1, "detector_logits": 2, "values": 1, "iterates": 1}
 
     @classmethod
     def join(cls, parts: Sequence["AttackResult"]) -> "AttackResult":
@@ -158,7 +158,7 @@ class Attack:
             alpha: For the objective.
             radius: For the projection.
             keep_iterates: Return every iterate.
-            batch_size: Series a pass, default all.
+            batch_size: Series a pass, default all. On a CPU 32 to 64 are often faster: they fit the cache.
 
         Returns:
             Iterates, logits at each and counts.

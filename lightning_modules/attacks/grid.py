@@ -19,6 +19,9 @@ from lightning_modules.attacks.frozen_networks import Network
 RESTART_STRIDE = 2**40
 """Distance between the noise numbers of two restarts of a series; far above any number of series."""
 
+CPU_ROWS, DEVICE_ROWS = 32, 4096
+"""Rows of a pass: on a CPU convolutional and recurrent networks take up to 1.7 times as long a row at 300 rows."""
+
 
 @dataclass(frozen=True)
 class GridPoint:
@@ -96,7 +99,7 @@ def run_grid(
     mask: Tensor | None = None,
     index: Tensor | None = None,
     weights: Tensor | None = None,
-    max_rows: int = 4096,
+    max_rows: int | None = None,
     generator: torch.Generator | int | None = None,
     **arguments: Any,
 ) -> GridResult:
@@ -112,6 +115,7 @@ def run_grid(
         index: ``(B,) int64`` number of each series.
         weights: ``(B,) float`` or None.
         max_rows: Series times configurations in memory at a time, at least 1; the result does not depend on it.
+            Default 32 on a CPU, where what a pass keeps should fit the cache, and 4096 elsewhere.
         generator: As in :class:`Attack`; all configurations share the seed, so a series meets the same noise in each
             and restarts differ.
         arguments: Further arguments of the attack: ``detectors``, ``surrogate``.
@@ -124,9 +128,11 @@ def run_grid(
         raise ValueError("points must hold at least one configuration, got none")
     if attack.couples_batch:
         raise ValueError("a grid needs an attack whose series do not depend on their batch")
+    if max_rows is None:
+        max_rows = CPU_ROWS if x.device.type == "cpu" else DEVICE_ROWS
     if max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-    strengths: dict[str, Any] = {}
+    strengths: dict[str, Tensor] = {}
     for axis in ("step", "radius", "alpha"):
         values = [getattr(point, axis) for point in points]
         if any(value is None for value in values) != all(value is None for value in values):
@@ -140,6 +146,9 @@ def run_grid(
     parts: list[AttackResult] = []
     for some in rows.split(max_rows):
         series, configuration = some % len(x), some // len(x)
+        laid: dict[str, Any] = {name: values[configuration] for name, values in strengths.items()}
+        if "alpha" in laid and not bool(laid["alpha"].any()):
+            laid["alpha"] = 0.0  # the detectors need no backward pass
         parts.append(
             attack(
                 model,
@@ -149,7 +158,7 @@ def run_grid(
                 index=numbers[series] + restarts[configuration] * RESTART_STRIDE,
                 weights=None if weights is None else weights[series],
                 generator=seed,
-                **{name: values[configuration] for name, values in strengths.items()},
+                **laid,
                 **arguments,
             )
         )

@@ -14,9 +14,8 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from lightning_modules.attacks.class_losses import CLASS_LOSSES, ClassLoss
+from lightning_modules.attacks.class_losses import CLASS_LOSSES, ClassLoss, softplus
 from lightning_modules.attacks.frozen_networks import calibrate
 from lightning_modules.attacks.gradients import gradient
 
@@ -122,8 +121,11 @@ class Objective:
             targeted: Whether labels are the classes to reach.
 
         Raises:
-            ValueError: If it hides and there is no detector, or scales and detectors differ in number.
+            ValueError: If it hides and there is no detector, scales and detectors differ in number, or DLR is to reach
+                a class: its denominator rewards other classes then.
         """
+        if targeted and self.class_loss == "dlr":
+            raise ValueError("class_loss 'dlr' is untargeted, got targeted=True: take 'margin' or 'cross_entropy'")
         if not hides:
             return
         if n_detectors == 0:

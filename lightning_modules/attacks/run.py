@@ -157,7 +157,8 @@ class Run:
             self.n_bad += bad
             self.n_zero += ~direction.flatten(1).any(dim=1)
         elif objective.has_value:
-            value = objective.values(terms)
+            with torch.no_grad():
+                value = objective.values(terms)
         return Evaluation(logits.detach(), detector_logits.detach(), value, direction)
 
     def better(self, x: Tensor, known: Evaluation, candidate: Tensor) -> tuple[Tensor, Evaluation]:
@@ -191,5 +192,7 @@ class Run:
             if not bool(logits.isfinite().all()):
                 raise ValueError(f"the {role} returns a logit that is not finite before the attack has begun")
         refuse_probabilities(self._victim, self.ball.x0, self.mask, logits=evaluation.logits)
+        if self._source is not self._victim:
+            refuse_probabilities(self._source, self.ball.x0, self.mask)
         for detector, logits in zip(self._detectors, evaluation.detector_logits, strict=True):
             refuse_probabilities(detector, self.ball.x0, self.mask, logits=logits[:, None])

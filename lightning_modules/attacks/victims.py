@@ -47,24 +47,24 @@ def refuse_probabilities(
 
     Args:
         network: Classifier or detector.
-        x: ``(B, T, C) float`` series; at most 8 are probed.
+        x: ``(B, T, C) float`` series; the first two are probed, in one pass.
         mask: ``(B, T) bool`` or None.
         logits: ``(B, K') float`` outputs for ``x`` where already known.
 
     Raises:
         ValueError: If the outputs are probabilities.
     """
-    if logits is not None and not bool(((logits >= 0) & (logits <= 1)).all()):
+    if logits is not None and not _inside_unit_interval(logits):
         return
-    x, mask = x[:8], None if mask is None else mask[:8]
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(x.shape, generator=generator).to(x)
+    x, mask = x[:2], None if mask is None else mask[:2]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    points = torch.cat([pattern * factor for factor in PROBES for pattern in (x, noise)])
     with frozen([network], x.device):
-        points = [x * factor for factor in PROBES] + [noise * factor for factor in PROBES]
-        outputs = [call(network, point.detach().clone().requires_grad_(), mask) for point in points]
-        ends_in_sigmoid = _ends_in_sigmoid(outputs[0])
-        found = torch.cat([output.detach() for output in outputs])
-    if not bool(((found >= 0) & (found <= 1)).all()):
+        repeated = None if mask is None else mask.repeat(2 * len(PROBES), 1)
+        output = call(network, points.detach().clone().requires_grad_(), repeated)
+        ends_in_sigmoid = _ends_in_sigmoid(output)
+        found = output.detach()
+    if not _inside_unit_interval(found):
         return
     if found.shape[1] > 1:
         # 1e-3: half precision sums to 1 within about 5e-4
@@ -76,6 +76,10 @@ def refuse_probabilities(
             f"the network returns probabilities (all {found.numel()} probed outputs in 0..1); give logits: drop its "
             "last sigmoid or softmax"
         )
+
+
+def _inside_unit_interval(output: Tensor) -> bool:
+    return bool(((output >= 0) & (output <= 1)).all())
 
 
 class Victim(nn.Module):

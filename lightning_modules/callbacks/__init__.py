@@ -1,6 +1,8 @@
 """Lightning callbacks: what runs write, print and remember."""
 
 from lightning_modules.callbacks.adversarial_training import AdversarialTraining
+from lightning_modules.callbacks.adversarial_writer import AdversarialSeriesWriter
+from lightning_modules.callbacks.attack_report import AttackReport
 from lightning_modules.callbacks.portfolio_report import PortfolioReport
 from lightning_modules.callbacks.portfolio_writer import PortfolioWriter
 from lightning_modules.callbacks.predictions import RecommendationWriter
@@ -9,7 +11,9 @@ from lightning_modules.callbacks.ranking_report import RankingReport
 from lightning_modules.callbacks.run_record import EpochLines, LastCheckpoint
 
 __all__ = [
+    "AdversarialSeriesWriter",
     "AdversarialTraining",
+    "AttackReport",
     "EpochLines",
     "LastCheckpoint",
     "PortfolioReport",

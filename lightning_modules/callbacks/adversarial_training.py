@@ -75,8 +75,8 @@ class AdversarialTraining(Callback):
         validate: Whether to attack the validation series too.
 
     Raises:
-        ValueError: If an argument is out of range, the attack is targeted or, for TRADES, has no
-            random start, or the module takes no adversary.
+        ValueError: If an argument is out of range, the attack is targeted or, for TRADES, has no random start; at the
+            start of a run, if the module takes no adversary or has one.
 
     Source: A. Madry et al., arXiv 1706.06083, equation 2.1; H. Zhang et al., arXiv 1901.08573, equation 5.
     """

@@ -75,9 +75,8 @@ class _AttackMetric(Metric):
         given = {"clean_scores": clean_scores, "adversarial_scores": adversarial_scores}
         for name, scores in given.items():
             if scores.ndim != 1 or bool(scores.isnan().any()):
-                raise ValueError(
-                    f"{name} must be (n,) without NaN, got shape {tuple(scores.shape)} with {int(scores.isnan().sum())} NaN"
-                )
+                n_nan = int(scores.isnan().sum())
+                raise ValueError(f"{name} must be (n,) without NaN, got shape {tuple(scores.shape)} with {n_nan} NaN")
         for name, scores in given.items():
             getattr(self, name).append(scores.detach().double())
 

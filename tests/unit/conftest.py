@@ -1,9 +1,11 @@
-"""A portfolio study of a synthetic market, made by the walk-forward engine: what the tests of the report read."""
+"""Studies that the tests of reports read: a portfolio study of a synthetic market, and a study of attacks."""
 
 import numpy as np
 import pytest
+import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 
+from lightning_modules.attacks.study import AttackStudy, ChosenAttack, JudgeRecord
 from lightning_modules.portfolio.backtest import Decision, Track, hold, make_plan
 from lightning_modules.portfolio.market import Market, month_starts
 from lightning_modules.portfolio.study import Arm, Study
@@ -172,3 +174,155 @@ def make_study():
 def study():
     """A study with everything in it."""
     return build_study()
+
+
+ATTACKS = (
+    ("ifgsm", "ifgsm", False),
+    ("ifgsm sum", "ifgsm", True),
+    ("ifgsm harmonic", "ifgsm", True),
+    ("pgd", "pgd", False),
+    ("pgd sum", "pgd", True),
+    ("pgd norm sum with a long name", "pgd", True),
+    ("sgm", "sgm", False),
+    ("noise", "noise", False),
+)
+
+JUDGES = (
+    ("ResCNN, seed 0", "attacked", True, 2.5),
+    ("S4, seed 7", "held_out", True, 2.0),
+    ("statistics", "held_out", False, 3.0),
+    ("two statistics", "held_out", False, 8.0),
+    ("nearest neighbour", "held_out", False, 1.5),
+    ("one-class SVM", "held_out", False, 2.5),
+    ("LSTM, seed 9", "held_out", True, 0.1),
+)
+"""Name, role, whether 0.5 is a threshold, and by how many deviations vanilla attacks stand out."""
+
+
+def build_attack_study(
+    n=40,
+    n_steps=30,
+    n_channels=1,
+    n_classes=2,
+    n_iterations=10,
+    attacks=ATTACKS,
+    judges=JUDGES,
+    *,
+    n_calibration=120,
+    n_attacked=1,
+    variable_length=False,
+    saturation=3.0,
+    seed=0,
+):
+    """Margins of the victim fall along a run; detectors see vanilla attacks, and concealed ones half as well.
+
+    Args:
+        n_attacked: Attacked detectors; the first of ``judges`` is copied, or left out at 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    labels = torch.arange(n) % n_classes
+    series = normal(n, n_steps, n_channels).cumsum(1).float()
+    mask = torch.ones(n, n_steps, dtype=torch.bool)
+    if variable_length:
+        mask = torch.arange(n_steps) < torch.linspace(n_steps / 2, n_steps, n)[:, None]
+        series = torch.where(mask[..., None], series, 0.0)
+    first, *others = judges
+    copies = [(f"{first[0]}{', copy' * number}", *first[1:]) for number in range(n_attacked)]
+    judges = [*copies, *others]
+    signs = 2.0 * torch.nn.functional.one_hot(labels, n_classes) - 1
+    certain = normal(n).abs() + 0.5
+    certain[: n // 20] = -0.5  # clean errors
+
+    def victim(margin):  # (..., n) to (..., n, K')
+        return margin[..., None] * signs if n_classes > 2 else (margin * signs[:, 1])[..., None]
+
+    clean = {name: normal(n) for name, *_ in judges}
+
+    def score(of, is_probability):
+        return (2 * of - 3).sigmoid() if is_probability else of.exp()
+
+    chosen = []
+    for number, (name, family, concealed) in enumerate(attacks):
+        speed = 0.0 if family == "noise" else 0.25
+        course = torch.linspace(0, 1, n_iterations + 1, dtype=torch.float64)[:, None]
+        strength = course * (1 - 0.8 * course) * 2 if concealed else course * 1.0
+        seen = {
+            judge: clean[judge] + (0.5 if concealed else 1.0) * shift * (speed > 0) for judge, _, _, shift in judges
+        }
+        margin = certain - speed * n_iterations * course
+        detectors = (
+            torch.stack(
+                [
+                    (2 * clean[judge] - 3) + 5 * strength * (speed > 0)
+                    for judge, role, _, _ in judges
+                    if role == "attacked"
+                ],
+                1,
+            )
+            if n_attacked
+            else torch.zeros(n_iterations + 1, 0, n, dtype=torch.float64)
+        )
+        effect = torch.linspace(0, 1, n_iterations + 1, dtype=torch.float64).expand(4, -1) * torch.tensor(
+            [[0.4], [0.6], [0.8], [1.0]], dtype=torch.float64
+        )
+        moved = 0.05 * n_iterations * normal(n, n_steps, n_channels).sign().float() * (speed > 0)
+        chosen.append(
+            ChosenAttack(
+                name=name,
+                family=family,
+                concealed=concealed,
+                step=0.05,
+                radius=0.5 if family == "pgd" else None,
+                alpha=0.1 if concealed else None,
+                iteration=n_iterations - 2,
+                x_adv=series + moved * mask[..., None],
+                logits=victim(margin),
+                detector_logits=detectors,
+                scores={judge: score(seen[judge], is_probability) for judge, _, is_probability, _ in judges},
+                n_bad_gradients=torch.zeros(n, dtype=torch.int64),
+                n_zero_gradients=torch.arange(n) % 3,
+                n_gradients=n_iterations,
+                validation_effectiveness=effect,
+                validation_concealability=1 - effect * (0.2 + 0.02 * number if concealed else 0.9),
+                seconds=0.01 * n,
+            )
+        )
+    return AttackStudy(
+        series=series,
+        mask=mask,
+        labels=labels,
+        index=torch.arange(n),
+        class_names=tuple(f"class {number}" for number in range(n_classes)),
+        clean_logits=victim(certain),
+        judges=tuple(
+            JudgeRecord(
+                name=name,
+                role=role,
+                provenance={"architecture": name.split(",")[0]},
+                clean=score(clean[name], is_probability),
+                calibration=score(normal(n_calibration), is_probability),
+                is_probability=is_probability,
+            )
+            for name, role, is_probability, _ in judges
+        ),
+        attacks=tuple(chosen),
+        saturation=saturation,
+        flags=("series 3: no valid step in common",),
+        seed=seed,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_attack_study():
+    """The builder: ``make_attack_study(n=..., n_classes=3, ...)``."""
+    return build_attack_study
+
+
+@pytest.fixture(scope="session")
+def attack_study():
+    """Eight attacks of four families before seven judges."""
+    return build_attack_study()

@@ -18,7 +18,7 @@ from lightning_modules.callbacks.adversarial_training import class_divergence
 from lightning_modules.networks import ResCNN
 from lightning_modules.time_series_classifier import TimeSeriesClassifier
 
-B, T, C, RADIUS = 6, 5, 2, 0.3
+B, T, C, RADIUS = 10, 5, 2, 0.3
 
 
 class Linear(nn.Module):
@@ -84,9 +84,17 @@ def test_trades_attacks_the_divergence_and_not_the_label():
     loss = AdversarialTraining(pgd(random_start=True), mode="trades", beta=2.5).loss(network, batch)
     signs = 2 * batch["labels"] - 1
     divergence = (loss - softplus(-signs * clean[:, 0]).mean()) / 2.5
-    choices = torch.cartesian_prod(*corners.T).mean(1)  # either corner for each of the six series
+    choices = torch.cartesian_prod(*corners.T).mean(1)  # either corner for each of the ten series
     assert (choices - divergence).abs().min() < 1e-4, "float32 sums of terms up to 10"
     assert divergence > corners.amin(0).mean() - 1e-4
+
+
+def test_small_divergences_are_not_taken_for_probabilities():
+    """Early in training every divergence lies in 0..1; the attack must neither refuse nor probe the victim."""
+    network = Linear()
+    network.weight.data *= 0.01
+    loss = AdversarialTraining(pgd(random_start=True), mode="trades").loss(network, make_batch())
+    assert loss.isfinite()
 
 
 def test_trades_moves_through_clean_and_attacked_series():

@@ -152,10 +152,10 @@ def test_train_mode_does_not_reach_the_attack(series):
 @pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode])
 def test_works_where_the_caller_has_switched_autograd_off(series, outer):
     x, y = series
-    attack, victim = Attack(SumReg(0.5), SignStep(0.05), n_steps=3), Net()
-    expected = attack(victim, x, y, detectors=[Net(seed=1)]).x_adv
+    attack, victim, detector = Attack(SumReg(0.5), SignStep(0.05), n_steps=3), Net(), Net(seed=1)
+    expected = attack(victim, x, y, detectors=[detector]).x_adv
     with outer():
-        inside = attack(victim, x.clone(), y.clone(), detectors=[Net(seed=1)]).x_adv
+        inside = attack(victim, x.clone(), y.clone(), detectors=[detector]).x_adv
     assert torch.equal(inside, expected)
 
 
@@ -298,7 +298,7 @@ def test_confident_victims_fall_to_the_margin_alike(series, factor):
 
 def test_calibrated_sum_is_free_of_scale_and_the_published_form_is_not(series):
     x, y = series
-    victim, detector = Net(), Net(seed=1)
+    victim, detector = Net().eval(), Net(seed=1)
 
     def confident(batch):
         return 100 * victim(batch)
@@ -306,7 +306,6 @@ def test_calibrated_sum_is_free_of_scale_and_the_published_form_is_not(series):
     attack = Attack(SumReg(1.0).calibrated(victim, [detector], x), SignStep(0.02), n_steps=10)
     scaled = Attack(SumReg(1.0).calibrated(confident, [detector], x), SignStep(0.02), n_steps=10)
     assert scaled.objective.victim_scale == pytest.approx(100 * attack.objective.victim_scale)
-    victim.eval()
     one, other = attack(victim, x, y, detectors=[detector]), scaled(confident, x, y, detectors=[detector])
     # float32 rounding of the factor turns signs of gradients that are almost 0
     assert (one.x_adv != other.x_adv).double().mean() < 0.01
@@ -496,10 +495,39 @@ def test_bad_and_zero_gradients_are_counted(series):
 
 def test_targeted_attack_reaches_the_class(series):
     x, _ = series
-    victim, target = Net(n_logits=4), torch.tensor([0, 1, 2, 3, 0, 1])
-    for name in ("margin", "cross_entropy", "dlr"):
+    victim, target = nn.Sequential(nn.Flatten(), nn.Linear(T * C, 4)), torch.tensor([0, 1, 2, 3, 0, 1])
+    for name in ("margin", "cross_entropy"):
         attack = Attack(Vanilla(class_loss=name), SignStep(0.1), n_steps=60, targeted=True)
         assert torch.equal(decisions(attack(victim, x, target).logits[-1]), target)
+
+
+def test_targeted_attacks_refuse_losses_that_do_not_lead_there(series):
+    x, y = series
+    for objective, message in (
+        (Vanilla(class_loss="dlr"), "class_loss 'dlr' is untargeted"),
+        (HarmonicReg(), "targeted=True negates the class loss"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Attack(objective, SignStep(0.1), targeted=True)(Net(), x, y, detectors=[Net(seed=1)])
+
+
+@pytest.mark.gpu
+def test_recurrent_networks_are_attacked_in_evaluation_mode_on_cuda(series):
+    """T4: the backward of cuDNN's recurrent layers refuses evaluation mode."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.LSTM(C, 8, batch_first=True), nn.Linear(8, 1)
+
+        def forward(self, batch):
+            return self.head(self.cell(batch)[0][:, -1])
+
+    x, y, network = series[0].cuda(), series[1].cuda(), Recurrent().cuda().eval()
+    enabled = torch.backends.cudnn.enabled
+    result = Attack(Vanilla(), SignStep(0.1), n_steps=2)(network, x, y)
+    assert result.x_adv.isfinite().all()
+    assert torch.backends.cudnn.enabled == enabled
 
 
 def test_surrogate_gives_the_gradients_and_the_victim_the_scores(series):

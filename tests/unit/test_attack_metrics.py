@@ -463,6 +463,11 @@ def test_two_processes_equal_one(tmp_path):
         (lambda: PerturbationNorm("l3"), "norm must be one of l1, l2, linf, l2_relative, got 'l3'"),
         (lambda: HiddenProbability(2).update(torch.zeros(3, 4)), "of 2 detectors, got"),
         (lambda: DetectorAUC().update(torch.zeros(2, 2), torch.zeros(2)), r"must be \(n,\) without NaN"),
+        (lambda: functional.accuracy(torch.tensor(0), torch.tensor(0)), r"got shapes \(\) and \(\)"),
+        (
+            lambda: Effectiveness().update(torch.zeros(2, 3).long(), torch.zeros(3).long()),
+            r"labels must hold .* got shapes \(3,\) and \(2, 3\)",
+        ),
         (
             lambda: JointSuccess().update(*[torch.zeros(3, dtype=torch.int64)] * 3, torch.zeros(2).bool()),
             "flagged must",

@@ -96,6 +96,34 @@ def test_a_padded_series_is_the_shorter_series(name, length):
     torch.testing.assert_close(padded[:1], network(series[:1, :length]), rtol=1e-4, atol=1e-5)
 
 
+def test_rnn_attention_reads_padded_steps_as_zeros():
+    """A run over the valid steps alone, and zeros in the places of the others before the read-out."""
+    network = build("rnn_attention").double()
+    series = torch.randn(1, T, 2, dtype=torch.float64)
+    states = network.recurrent(series[:, :9])[0]
+    for layer in network.encoder:
+        states, _ = layer(states, None)
+    padded = nn.functional.pad(states, (0, 0, 0, T - 9))
+    # float64: attention over 9 keys against 21 of which 12 weigh 0
+    torch.testing.assert_close(network(series, lengths_mask([9])), network.head(padded), rtol=1e-10, atol=1e-12)
+
+
+def test_patch_tst_reads_patches_of_padding_as_zeros():
+    network = build("patch_tst").double()
+    series = torch.randn(1, T, 2, dtype=torch.float64)
+    x = series[:, :9].transpose(1, 2)
+    scaled = (x - x.mean(2, keepdim=True)) / (x.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    patches = network._patches(nn.functional.pad(scaled, (0, T - 9)))
+    n_visible = -((9 + network.n_repeats) // -4)  # patches that begin, every 4 steps, before the padding
+    assert 0 < n_visible < patches.shape[2]
+    states, scores = (network.embed(patches) + network.position)[0, :, :n_visible], None
+    for layer in network.encoder:
+        states, scores = layer(states, None, scores)
+    padded = nn.functional.pad(states, (0, 0, 0, patches.shape[2] - n_visible)).flatten()[None]
+    # float64: sums over fewer keys
+    torch.testing.assert_close(network(series, lengths_mask([9])), network.head(padded), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_series_does_not_feel_its_batch(name):
     network = build(name).double()

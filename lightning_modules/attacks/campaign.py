@@ -1,0 +1,264 @@
+"""An attack campaign against one victim: choose by validation, run what was chosen, have it judged.
+
+n series, T steps, C channels, K' logits, N iterations, G configurations. One rule chooses for every attack, baselines
+included: the largest harmonic mean of effectiveness and concealability (F1 form), ties to the smaller step.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_modules.attacks.class_losses import decisions
+from lightning_modules.attacks.discriminators import AttackPlan
+from lightning_modules.attacks.engine import Attack, AttackResult
+from lightning_modules.attacks.frozen_networks import Network, logits_of
+from lightning_modules.attacks.grid import grid_points, run_grid
+from lightning_modules.attacks.judges import (
+    FittedJudge,
+    Judge,
+    NearestNeighbourJudge,
+    NetworkJudge,
+    OneClassJudge,
+    StatisticsJudge,
+    TwoStatisticsJudge,
+)
+from lightning_modules.attacks.selection import Candidates, select
+from lightning_modules.attacks.study import AttackStudy, ChosenAttack, JudgeRecord, Role
+from lightning_modules.metrics.attack_functional import concealability, effectiveness, success_f
+
+Series = Mapping[str, Tensor]
+"""``series (n, T, C)``, ``mask (n, T)``, ``labels (n,)``, ``index (n,)``."""
+
+
+def fresh_panel(is_z_normed: bool) -> list[Judge]:
+    """Held-out judges that are no networks, not yet fitted; two statistics only where series are z-normed."""
+    judges: list[Judge] = [StatisticsJudge(), NearestNeighbourJudge(), OneClassJudge()]
+    return judges + ([TwoStatisticsJudge()] if is_z_normed else [])
+
+
+def fit_panel(judges: Sequence[Judge], series: Tensor, mask: Tensor) -> None:
+    """Fit those that are fitted, on clean training series."""
+    for judge in judges:
+        if isinstance(judge, FittedJudge):
+            judge.fit(series, mask)
+
+
+def _scaled(attack: Attack, scales: Mapping[str, Any] | None) -> Attack:
+    """The attack with logits divided by calibrated scales."""
+    if scales is None:
+        return attack
+    scaled = copy(attack)
+    scaled.objective = replace(attack.objective, **scales)
+    return scaled
+
+
+def choose(
+    plan: AttackPlan,
+    classifier: Network,
+    detectors: Sequence[NetworkJudge],
+    clean: Series,
+    *,
+    n_classes: int,
+    max_rows: int = 4096,
+) -> dict[str, Any]:
+    """Run the grid of an attack on validation series, and choose a configuration and an iteration.
+
+    Args:
+        plan: The attack and its grid.
+        classifier: Victim.
+        detectors: The attacked ones.
+        clean: Validation series.
+        n_classes: K.
+        max_rows: Series times configurations in memory at a time.
+
+    Returns:
+        Plain values: ``step``, ``radius``, ``alpha``, ``iteration``, ``success``, ``scales``, and the tensors
+        ``effectiveness`` and ``concealability``, ``(G, N + 1)``.
+    """
+    networks = [judge.network for judge in detectors]
+    scales = None
+    if plan.calibrate:
+        objective = plan.attack.objective.calibrated(classifier, networks, clean["series"], mask=clean["mask"])
+        scale = objective.detector_scale
+        scales = {
+            "victim_scale": objective.victim_scale,
+            "detector_scale": scale if isinstance(scale, int | float) else list(scale),
+        }
+    points = grid_points(steps=plan.steps, radii=plan.radii, alphas=plan.alphas)
+    result = run_grid(
+        _scaled(plan.attack, scales),
+        classifier,
+        clean["series"],
+        clean["labels"],
+        points,
+        mask=clean["mask"],
+        index=clean["index"],
+        detectors=networks,
+        generator=0,
+        max_rows=max_rows,
+    )
+    predicted = decisions(result.logits.flatten(0, 2)).unflatten(0, result.logits.shape[:3])
+    effective = effectiveness(predicted, clean["labels"].expand_as(predicted), n_classes)
+    seen = torch.stack([judge.score(clean["series"], clean["mask"]) for judge in detectors])
+    # As published for several discriminators: the most alarmed on clean series, the least on adversarial ones.
+    hidden = result.detector_logits.double().sigmoid().amin(2)
+    concealed = concealability(seen.amax(0).expand_as(hidden), hidden)
+    success = success_f(effective, concealed)
+    size = [point.step if point.step is not None else point.radius or 0.0 for point in points]
+    choice = select(  # iterate 0 is no attack
+        Candidates(
+            success[:, 1:].cpu().numpy(),
+            np.array(size, dtype=np.float64),
+            np.array([point.alpha or 0.0 for point in points]),
+            np.arange(1, success.shape[1]),
+        )
+    )
+    point, iteration = points[choice.configuration], choice.iteration + 1
+    return {
+        "step": point.step,
+        "radius": point.radius,
+        "alpha": point.alpha,
+        "iteration": iteration,
+        "success": float(success[choice.configuration, iteration]),
+        "effectiveness": effective.cpu(),
+        "concealability": concealed.cpu(),
+        "scales": scales,
+    }
+
+
+def run_chosen(
+    plan: AttackPlan,
+    choice: Mapping[str, Any],
+    classifier: Network,
+    detectors: Sequence[Network],
+    series: Series,
+    *,
+    max_rows: int = 4096,
+) -> AttackResult:
+    """Run an attack under the configuration that :func:`choose` gave."""
+    attack = _scaled(plan.attack, choice["scales"])
+    strengths = {axis: choice[axis] for axis in ("step", "radius", "alpha") if choice[axis] is not None}
+    return attack(
+        classifier,
+        series["series"],
+        series["labels"],
+        mask=series["mask"],
+        index=series["index"],
+        detectors=detectors,
+        generator=0,
+        stop=choice["iteration"],
+        batch_size=None if attack.couples_batch else max_rows,
+        **strengths,
+    )
+
+
+def cross_fitted(
+    panels: Callable[[int], Sequence[Judge]], series: Tensor, mask: Tensor, folds: Tensor
+) -> dict[str, Tensor]:
+    """Scores of clean training series by judges that were made without them.
+
+    Args:
+        panels: ``panels(fold)`` gives judges that have not seen the series of that fold, under the names of the final
+            ones.
+        series: ``(n, T, C)``.
+        mask: ``(n, T)``.
+        folds: ``(n,) int64``.
+
+    Returns:
+        ``{judge: (n,) float64}``.
+    """
+    found: dict[str, Tensor] = {}
+    for fold in folds.unique().tolist():
+        inside = folds == fold
+        for judge in panels(fold):
+            scores = found.setdefault(judge.name, torch.zeros(len(folds), dtype=torch.float64))
+            scores[inside.cpu()] = judge.score(series[inside], mask[inside]).cpu()
+    return found
+
+
+def judged(
+    plans: Sequence[AttackPlan],
+    choices: Mapping[str, Mapping[str, Any]],
+    classifier: Network,
+    detectors: Sequence[Network],
+    judges: Sequence[tuple[Judge, Role]],
+    calibration: Mapping[str, Tensor],
+    series: Series,
+    *,
+    class_names: tuple[str, ...],
+    saturation: float,
+    seed: int,
+    max_rows: int = 4096,
+) -> AttackStudy:
+    """Run every chosen attack on series, and let every judge score what comes out.
+
+    Args:
+        plans: The attacks.
+        choices: What :func:`choose` gave for each, by name.
+        classifier: Victim.
+        detectors: The attacked networks.
+        judges: With their roles.
+        calibration: Scores of clean training series by name, as :func:`cross_fitted` gives.
+        series: Test series.
+        class_names: K names.
+        saturation: Median |logit| of the victim on clean validation series.
+        seed: Of the run, for the record.
+        max_rows: Series in memory at a time.
+    """
+    clean, mask = series["series"], series["mask"]
+    records = [
+        JudgeRecord(
+            name=judge.name,
+            role=role,
+            provenance=dict(judge.provenance),
+            clean=judge.score(clean, mask).cpu(),
+            calibration=calibration.get(judge.name, torch.zeros(0, dtype=torch.float64)),
+            is_probability=isinstance(judge, NetworkJudge),
+        )
+        for judge, role in judges
+    ]
+    chosen = []
+    for plan in plans:
+        choice = choices[plan.name]
+        started = time.perf_counter()
+        result = run_chosen(plan, choice, classifier, detectors, series, max_rows=max_rows)
+        seconds = time.perf_counter() - started
+        chosen.append(
+            ChosenAttack(
+                name=plan.name,
+                family=plan.family,
+                concealed=plan.attack.hides(choice["alpha"]),
+                step=choice["step"],
+                radius=choice["radius"],
+                alpha=choice["alpha"],
+                iteration=choice["iteration"],
+                x_adv=result.x_adv.cpu(),
+                logits=result.logits.cpu(),
+                detector_logits=result.detector_logits.cpu(),
+                scores={judge.name: judge.score(result.x_adv, mask).cpu() for judge, _ in judges},
+                n_bad_gradients=result.n_bad_gradients.cpu(),
+                n_zero_gradients=result.n_zero_gradients.cpu(),
+                n_gradients=result.n_gradients,
+                validation_effectiveness=choice["effectiveness"],
+                validation_concealability=choice["concealability"],
+                seconds=seconds,
+            )
+        )
+    return AttackStudy(
+        series=clean.cpu(),
+        mask=mask.cpu(),
+        labels=series["labels"].cpu(),
+        index=series["index"].cpu(),
+        class_names=class_names,
+        clean_logits=logits_of(classifier, clean, mask).cpu(),
+        judges=tuple(records),
+        attacks=tuple(chosen),
+        saturation=saturation,
+        seed=seed,
+    )

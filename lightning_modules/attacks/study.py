@@ -1,0 +1,179 @@
+"""What a test of attacks found, before it is summed up.
+
+n series, T steps, C channels, K' logits, N iterations, G configurations, J judges, m calibration series.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["attacked", "held_out"]
+
+
+@dataclass(frozen=True)
+class JudgeRecord:
+    """A judge and what it says of clean series.
+
+    Attributes:
+        name: Unique in the study.
+        role: ``"attacked"``: in the objectives; ``"held_out"``: never used for gradients or selection.
+        provenance: Seed, architecture, training attacks, as far as they apply.
+        clean: ``(n,) float64`` scores of the clean test series, larger is more adversarial.
+        calibration: ``(m,) float64`` scores of clean series that trained neither the judge nor the selection.
+        is_probability: Whether 0.5 is a threshold, as for networks; other judges are read by AUC and by thresholds.
+    """
+
+    name: str
+    role: Role
+    provenance: dict[str, str]
+    clean: Tensor
+    calibration: Tensor
+    is_probability: bool
+
+
+@dataclass(frozen=True)
+class ChosenAttack:
+    """One attack on all test series, under the configuration that validation chose.
+
+    Attributes:
+        name: Such as ``"ifgsm sum"``.
+        family: Attacks of one family differ in their objective; the vanilla one is the baseline of the others.
+        concealed: Whether the objective reads detectors.
+        step: Chosen step; None where the stepper has none of its own.
+        radius: Chosen radius; None without a ball.
+        alpha: Chosen weight; None where the objective has none.
+        iteration: Chosen iterate, 0..N.
+        x_adv: ``(n, T, C) float``.
+        logits: ``(N + 1, n, K')`` of the victim along the run.
+        detector_logits: ``(N + 1, M, n)`` of the attacked detectors along the run.
+        scores: ``{judge: (n,) float64}`` of the adversarial series.
+        n_bad_gradients: ``(n,) int64``.
+        n_zero_gradients: ``(n,) int64``.
+        n_gradients: Gradients taken for each series.
+        validation_effectiveness: ``(G, N + 1) float64`` on validation.
+        validation_concealability: ``(G, N + 1) float64``.
+        seconds: Time of the attack on the test series.
+    """
+
+    name: str
+    family: str
+    concealed: bool
+    step: float | None
+    radius: float | None
+    alpha: float | None
+    iteration: int
+    x_adv: Tensor
+    logits: Tensor
+    detector_logits: Tensor
+    scores: dict[str, Tensor]
+    n_bad_gradients: Tensor
+    n_zero_gradients: Tensor
+    n_gradients: int
+    validation_effectiveness: Tensor
+    validation_concealability: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AttackStudy:
+    """All attacks on one victim, and all judges.
+
+    Attributes:
+        series: ``(n, T, C) float`` clean test series.
+        mask: ``(n, T) bool``.
+        labels: ``(n,) int64``.
+        index: ``(n,) int64`` rows of the test split.
+        class_names: K names.
+        clean_logits: ``(n, K')``.
+        judges: Attacked first.
+        attacks: In the order of the config.
+        saturation: Median |logit| of the victim on clean validation series; above 17, float32 cross-entropy is flat.
+        flags: What went other than asked for.
+        seed: Of the run.
+    """
+
+    series: Tensor
+    mask: Tensor
+    labels: Tensor
+    index: Tensor
+    class_names: tuple[str, ...]
+    clean_logits: Tensor
+    judges: tuple[JudgeRecord, ...]
+    attacks: tuple[ChosenAttack, ...]
+    saturation: float
+    flags: tuple[str, ...] = field(default=())
+    seed: int = 0
+
+    @classmethod
+    def join(cls, parts: Sequence["AttackStudy"]) -> "AttackStudy":
+        """One study of several batches of series."""
+        first = parts[0]
+
+        def rows(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
+
+        judges = tuple(
+            replace(judge, clean=torch.cat([part.judges[number].clean for part in parts]))
+            for number, judge in enumerate(first.judges)
+        )
+        attacks = []
+        for number, attack in enumerate(first.attacks):
+            same = [part.attacks[number] for part in parts]
+            attacks.append(
+                replace(
+                    attack,
+                    x_adv=torch.cat([one.x_adv for one in same]),
+                    logits=torch.cat([one.logits for one in same], 1),
+                    detector_logits=torch.cat([one.detector_logits for one in same], 2),
+                    scores={name: torch.cat([one.scores[name] for one in same]) for name in attack.scores},
+                    n_bad_gradients=torch.cat([one.n_bad_gradients for one in same]),
+                    n_zero_gradients=torch.cat([one.n_zero_gradients for one in same]),
+                    seconds=sum(one.seconds for one in same),
+                )
+            )
+        return replace(
+            first,
+            judges=judges,
+            attacks=tuple(attacks),
+            series=rows("series"),
+            mask=rows("mask"),
+            labels=rows("labels"),
+            index=rows("index"),
+            clean_logits=rows("clean_logits"),
+        )
+
+
+class AdversarialSeries:
+    """What ``predict`` gives: an attack on a batch. No dataclass, so that Lightning hands it on as it is.
+
+    Args:
+        attack: Name.
+        index: ``(B,) int64`` rows of the split.
+        labels: ``(B,) int64``.
+        mask: ``(B, T) bool``.
+        series: ``(B, T, C) float`` clean.
+        x_adv: ``(B, T, C) float``.
+        logits: ``(N + 1, B, K') float`` of the victim along the run.
+        detector_logits: ``(N + 1, M, B) float``.
+        iteration: Number of the iterate that ``x_adv`` is.
+    """
+
+    def __init__(
+        self,
+        *,
+        attack: str,
+        index: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        series: Tensor,
+        x_adv: Tensor,
+        logits: Tensor,
+        detector_logits: Tensor,
+        iteration: int,
+    ) -> None:
+        self.attack, self.index, self.labels, self.mask = attack, index, labels, mask
+        self.series, self.x_adv, self.iteration = series, x_adv, iteration
+        self.logits, self.detector_logits = logits, detector_logits

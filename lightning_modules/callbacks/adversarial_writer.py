@@ -1,0 +1,87 @@
+"""Adversarial series to Parquet, with their course."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_modules.attacks.class_losses import decisions
+from lightning_modules.attacks.study import AdversarialSeries
+from lightning_modules.run_folder import drafted
+
+
+def series_frame(found: AdversarialSeries) -> pl.DataFrame:
+    """One row a series.
+
+    Columns ``index`` (row of the test file), ``label``, ``predicted`` (of the adversarial series), ``attack``,
+    ``iteration`` (chosen), ``n_channels``; ``series`` and ``adversarial``, the valid steps, channel after channel within
+    a step; ``predicted_at`` and ``detector_probability_at`` (the largest of the attacked discriminators), a value for
+    every iterate 0..N.
+    """
+    lengths = found.mask.sum(1).tolist()
+    course = decisions(found.logits.flatten(0, 1)).unflatten(0, found.logits.shape[:2])  # (N + 1, B)
+    probability = found.detector_logits.double().sigmoid().amax(1)  # (N + 1, B)
+
+    def valid(series: Any) -> list[list[float]]:
+        return [row[:length].flatten().tolist() for row, length in zip(series.cpu(), lengths, strict=True)]
+
+    return pl.DataFrame(
+        {
+            "index": found.index.cpu().numpy(),
+            "label": found.labels.cpu().numpy(),
+            "predicted": course[found.iteration].cpu().numpy(),
+            "attack": [found.attack] * len(lengths),
+            "iteration": [found.iteration] * len(lengths),
+            "n_channels": [found.series.shape[2]] * len(lengths),
+            "series": pl.Series(valid(found.series), dtype=pl.List(pl.Float32)),
+            "adversarial": pl.Series(valid(found.x_adv), dtype=pl.List(pl.Float32)),
+            "predicted_at": pl.Series(course.T.tolist(), dtype=pl.List(pl.Int64)),
+            "detector_probability_at": pl.Series(probability.T.tolist(), dtype=pl.List(pl.Float64)),
+        }
+    )
+
+
+class AdversarialSeriesWriter(Callback):
+    """Writes what ``predict`` gives to ``adversarial_series.parquet`` in the run folder, whole or not at all."""
+
+    def __init__(self) -> None:
+        self._frames: list[pl.DataFrame] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier prediction.
+
+        Raises:
+            ValueError: With more than one process, which would each hold a part.
+        """
+        if trainer.world_size > 1:
+            raise ValueError(f"AdversarialSeriesWriter needs one process, got {trainer.world_size}")
+        self._frames = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch.
+
+        Raises:
+            ValueError: If the module predicts something else.
+        """
+        if not isinstance(outputs, AdversarialSeries):
+            raise ValueError(f"AdversarialSeriesWriter needs AdversarialSeries, got {type(outputs).__name__}")
+        self._frames.append(series_frame(outputs))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        if not self._frames:
+            return
+        frame = pl.concat(self._frames)
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "adversarial_series.parquet"
+        with drafted(path) as draft:
+            frame.write_parquet(draft)
+        print(f"seqlit: {len(frame)} adversarial series in {path}", flush=True)

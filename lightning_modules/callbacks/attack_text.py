@@ -1,0 +1,351 @@
+"""The words of an attack report: two tables, and sentences that say what the intervals allow to say and no more."""
+
+from typing import Any
+
+from lightning_modules.attacks.findings import FALSE_ALARMS, Findings, key
+
+HEADLINE = key(FALSE_ALARMS[0])
+"""Rate of false alarms of the headline, as a key of the findings."""
+
+_CONTRADICTION = 0.25  # forms of concealability this far apart are told: a quarter of their range
+_UPSIDE_DOWN = 0.2  # an AUC that is that of a valid judge once read upside down
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "not defined" if value is None else format(value, form)
+
+
+def _interval(values: list[float | None] | None, form: str = ".2f") -> str:
+    if values is None:
+        return "not defined"
+    middle, low, high = (_number(value, form) for value in values[:3])
+    return f"{middle} [{low}, {high}]"
+
+
+def _percent(key: str) -> str:
+    return f"{100 * float(key):g} %"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(f"*{name}*" for name in names) or "none"
+
+
+def not_resolvable(found: Findings, judges: list[str], rate: str) -> str | None:
+    """Why none of these judges has a threshold at this rate of false alarms; None if one has."""
+    limits = [found["judges"][name] for name in judges]
+    if any(judge["thresholds"][rate]["false_alarms"] is not None for judge in limits):
+        return None
+    sizes = sorted({judge["n_calibration"] for judge in limits})
+    return f"not resolvable (n = {', '.join(map(str, sizes)) or 0})"
+
+
+def _joint(found: Findings, attack: dict[str, Any]) -> str:
+    if not found["panel"]:
+        return "no valid judge"
+    reason = not_resolvable(found, found["panel"], HEADLINE)
+    if reason is not None:
+        return reason
+    worst = attack["panel"]["joint_success"][HEADLINE]
+    text = _interval(attack["intervals"]["joint_success"])
+    return text if worst is None else f"{text} ({worst['worst']:.2f})"
+
+
+def table(found: Findings) -> list[str]:
+    """One row an attack, in Markdown."""
+    percent = f"{100 * found['level']:g} %"
+    name = found.get("data", {}).get("set")
+    lines = [
+        f"# Test report: {found['n_series']} series{f' of {name}' if name else ''}, {found['n_steps']} steps, "
+        f"{found['n_channels']} channel{'s' * (found['n_channels'] > 1)}, {len(found['class_names'])} classes",
+        "",
+        "| attack | EFF | CONC / F against the attacked detector, F1 form | CONC / F, AUC two-sided | "
+        f"F against the panel, AUC two-sided: mean (worst judge) | joint success against the panel at "
+        f"{_percent(HEADLINE)} false alarms: mean [{percent}] (worst judge) | accuracy | Linf | L2 |",
+        "|---" * 9 + "|",
+    ]
+    for name, attack in found["attacks"].items():
+        pooled = None if attack["attacked"] is None else attack["attacked"]["published"]
+        pairs = [
+            "no detector"
+            if pooled is None
+            else f"{_number(pooled['concealability'][form])} / {_number(pooled['success'][form])}"
+            for form in ("f1", "auc_two_sided")
+        ]
+        panel = attack["panel"]["success"]["auc_two_sided"]
+        cells = [
+            name,
+            _number(attack["effectiveness"]),
+            *pairs,
+            "no valid judge" if panel is None else f"{panel['mean']:.2f} ({panel['worst']:.2f})",
+            _joint(found, attack),
+            _number(attack["accuracy"]),
+            _number(attack["norms"]["linf"], ".3g"),
+            _number(attack["norms"]["l2"], ".3g"),
+        ]
+        lines.append(_row(cells))
+    return lines
+
+
+def judges_table(found: Findings) -> list[str]:
+    """One row a judge: what it is, whether it sees vanilla attacks, and how its thresholds hold on clean series."""
+    alarms = [f"false alarms at {_percent(key(rate))}" for rate in FALSE_ALARMS]
+    if not found["judges"]:
+        return []
+    lines = [_row(["judge", "role", "made of", "AUC on vanilla", "valid?", *alarms]), "|---" * 7 + "|"]
+    for name, judge in found["judges"].items():
+        made_of = "; ".join(f"{words.replace('_', ' ')}: {value}" for words, value in judge["provenance"].items())
+        auc = judge["vanilla_auc"]
+        realised = [
+            not_resolvable(found, [name], rate) or _interval(limit["false_alarms"], ".3f")
+            for rate, limit in judge["thresholds"].items()
+        ]
+        verdict = "yes" if judge["valid"] else "not a valid judge"
+        lines.append(_row([name, judge["role"].replace("_", " "), made_of, _number(auc), verdict, *realised]))
+    return lines
+
+
+def sentences(found: Findings) -> list[str]:
+    """What the numbers allow to say, one paragraph each, with blank lines between."""
+    said = [*_headline(found), *_pays(found), *_survives(found), *_caught(found), *_forms(found), *_degenerate(found)]
+    said += [*_unresolvable(found), *_alarms(found), *_victim(found), *_costs(found), *_flags(found)]
+    several = sum(judge["role"] == "attacked" for judge in found["judges"].values()) > 1
+    rule = (
+        "Several attacked detectors are pooled as published, the largest score of a clean and the smallest of an "
+        "adversarial series, which favours the attacker; metrics.json has the largest of both beside it. "
+    )
+    seconds = found.get("seconds")
+    spent = "" if seconds is None else f"Test {seconds['test']:.0f} s. "
+    said.append(
+        f"{rule if several else ''}{spent}Seed {found['seed']}. Intervals: bootstrap of series, {found['n_resamples']} "
+        "resamples, the same for all attacks; they hold networks, thresholds and configurations fixed. Configurations "
+        "and iterations were chosen on validation by one rule for all attacks. The panel is the valid held-out judges; "
+        "of each, its worst is the judge that is worst for the attack. EFF counts clean errors, joint success only "
+        "series that were called rightly when clean."
+    )
+    return [line for paragraph in said for line in (paragraph, "")][:-1]
+
+
+def _headline(found: Findings) -> list[str]:
+    name = found["headline"]
+    if name is None:
+        return ["No concealed attack was run: whether one can hide is not answered here."]
+    attack, rate = found["attacks"][name], _percent(HEADLINE)
+    if not found["panel"]:
+        return [f"**Joint success at {rate} false alarms has no answer: no held-out judge is valid.**"]
+    worst = attack["panel"]["joint_success"][HEADLINE]
+    if worst is None:
+        reason = not_resolvable(found, found["panel"], HEADLINE) or "not defined, no series is called rightly"
+        return [f"**Joint success at {rate} false alarms against held-out judges: {reason}.**"]
+    text = (
+        f"**Joint success at {rate} false alarms against held-out judges: {_interval(attack['intervals'][_JOINT])}** "
+        f"for *{name}*, the best concealed attack on validation, as the mean over {len(found['panel'])} valid judges "
+        f"({_names(found['panel'])}); {worst['worst']:.2f} against *{worst['judge']}*, the worst for it."
+    )
+    if attack["baseline"] is not None:
+        baseline = found["attacks"][attack["baseline"]]
+        text += (
+            f" Vanilla *{attack['baseline']}* reaches {_interval(baseline['intervals'][_JOINT])}, so concealment adds "
+            f"{_interval(attack['minus_vanilla'][_JOINT], '+.2f')}."
+        )
+    return [text]
+
+
+_JOINT = "joint_success"
+
+
+def _verdicts(found: Findings, measure: str) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "open": [], "undefined": []}
+    for name, attack in found["attacks"].items():
+        if attack["minus_vanilla"] is None:
+            continue
+        _, low, high = interval = attack["minus_vanilla"][measure]
+        verdict = (
+            "undefined" if None in interval else "ahead" if low > 0 else "behind" if high < 0 else "open"
+        )  # fmt: skip
+        text = "" if verdict == "undefined" else f" ({_interval(interval, '+.3f')})"
+        groups[verdict].append(f"{name}{text}")
+    return groups
+
+
+def _grouped(groups: dict[str, list[str]], what: str, percent: str) -> str:
+    compared = any(groups[verdict] for verdict in ("ahead", "behind", "open"))
+    said = [
+        f"- {words}: {'; '.join(groups[verdict]) or 'none of them'}."
+        for verdict, words in (
+            ("ahead", f"Concealment adds to {what}, the {percent} interval of the difference above zero"),
+            ("behind", "It takes away, the interval below zero"),
+            ("open", "It cannot be told apart from the vanilla attack of the family, the interval holding zero"),
+        )
+    ]
+    if groups["undefined"]:
+        said.append(f"- The difference is not defined for: {'; '.join(groups['undefined'])}.")
+    return "\n".join(said)
+
+
+def _pays(found: Findings) -> list[str]:
+    groups, percent = _verdicts(found, "success"), f"{100 * found['level']:g} %"
+    if not any(groups.values()):
+        return []
+    asked = "Does concealment pay against the attacked detector? F in the F1 form, concealed minus vanilla:"
+    return [f"{asked}\n\n{_grouped(groups, 'F', percent)}"]
+
+
+def _survives(found: Findings) -> list[str]:
+    groups, percent = _verdicts(found, _JOINT), f"{100 * found['level']:g} %"
+    if not any(groups.values()) or not found["panel"] or not_resolvable(found, found["panel"], HEADLINE):
+        return []
+    asked = (
+        f"Does it survive judges it never saw? Mean joint success at {_percent(HEADLINE)} false alarms against the "
+        "panel, concealed minus vanilla:"
+    )
+    return [f"{asked}\n\n{_grouped(groups, 'joint success', percent)}"]
+
+
+def _caught(found: Findings) -> list[str]:
+    lines = []
+    for name, attack in found["attacks"].items():
+        worst = attack["panel"]["detection"][HEADLINE]
+        if not attack["concealed"] or worst is None:
+            continue
+        own = [
+            before["detection"][HEADLINE]
+            for judge, before in attack["judges"].items()
+            if found["judges"][judge]["role"] == "attacked"
+        ]
+        ours = f"; the attacked detector sees {max(own):.0%}" if own else ""
+        lines.append(f"- *{name}*: *{worst['judge']}* sees {worst['worst']:.0%}, the panel {worst['mean']:.0%}{ours}.")
+    if not lines:
+        return []
+    asked = f"Which held-out judge catches it? (Share detected at {_percent(HEADLINE)} false alarms on the test series.)"
+    return ["\n".join([asked, "", *lines])]
+
+
+def _forms(found: Findings) -> list[str]:
+    apart, turned = [], []
+    for name, attack in found["attacks"].items():
+        if attack["attacked"] is not None:
+            forms = attack["attacked"]["published"]["concealability"]
+            if forms["f1"] is not None and abs(forms["f1"] - forms["auc_two_sided"]) > _CONTRADICTION:
+                apart.append(f"*{name}* {forms['f1']:.2f} and {forms['auc_two_sided']:.2f}")
+        turned += [
+            f"*{judge}* before *{name}* (AUC {before['auc']:.2f})"
+            for judge, before in attack["judges"].items()
+            if before["auc"] <= _UPSIDE_DOWN
+        ]
+    said = []
+    if apart:
+        said.append(
+            "The two forms of concealability from the attacked detector contradict each other (F1 form, then AUC "
+            f"two-sided): {'; '.join(apart)}. Hidden in one and not in the other is not hidden."
+        )
+    if turned:
+        said.append(f"Read upside down, these judges detect: {'; '.join(turned)}. Evasion has overshot.")
+    return said
+
+
+def _degenerate(found: Findings) -> list[str]:
+    lines = []
+    for name, judge in found["judges"].items():
+        if not judge["valid"]:
+            auc = judge["vanilla_auc"]
+            reason = (
+                "no vanilla attack was run to judge it by"
+                if auc is None
+                else f"its AUC on vanilla attacks is {auc:.2f}"
+            )
+            weight = (
+                "that a concealed attack passes it says nothing"
+                if judge["role"] == "attacked"
+                else "it is left out of the panel"
+            )
+            lines.append(f"- *{name}* is not a valid judge: {reason}, at least 0.80 is asked for; {weight}.")
+        if judge["one_answer"] is not None:
+            conc = "CONC in the F1 form is 1" if judge["one_answer"] == "clean" else "CONC in the F1 form is 1/3"
+            lines.append(
+                f"- *{name}* calls every series {judge['one_answer']}: {conc} against it, whatever the attack."
+            )
+    if found["victim"]["one_class"]:
+        lines.append("- The victim gives all clean series one class: EFF says nothing of attacks.")
+    for name, attack in found["attacks"].items():
+        if attack["largest_linf"] == 0:
+            lines.append(f"- *{name}* moves no series: it is hidden because it does not attack.")
+        elif attack["one_class"] and not found["victim"]["one_class"]:
+            lines.append(
+                f"- Under *{name}* the victim gives every series one class: EFF {attack['effectiveness']:.2f} at "
+                f"accuracy {attack['accuracy']:.2f} is that of a constant answer."
+            )
+    return ["Degenerate cases:\n\n" + "\n".join(lines)] if lines else []
+
+
+def _unresolvable(found: Findings) -> list[str]:
+    said = []
+    for rate in map(key, FALSE_ALARMS):
+        few = [name for name, judge in found["judges"].items() if judge["thresholds"][rate]["false_alarms"] is None]
+        if few:
+            sizes = sorted({found["judges"][name]["n_calibration"] for name in few})
+            needed = found["judges"][few[0]]["thresholds"][rate]["n_required"]
+            said.append(
+                f"At {_percent(rate)} false alarms not resolvable (n = {', '.join(map(str, sizes))}): {_names(few)}; a "
+                f"threshold needs {needed} clean calibration series."
+            )
+    return said
+
+
+def _alarms(found: Findings) -> list[str]:
+    lines = []
+    for name, judge in found["judges"].items():
+        for rate, limit in judge["thresholds"].items():
+            share, bound = limit["false_alarms"], float(rate)
+            if share is not None and not share[1] <= bound <= share[2]:
+                words = (
+                    "more, so joint success is too low" if share[1] > bound else "fewer, so joint success is too high"
+                )
+                lines.append(f"- *{name}* promised {_percent(rate)}: {_interval(share, '.3f')}, {words}.")
+    return (
+        ["False alarms on clean test series that the promised rate does not explain:\n\n" + "\n".join(lines)]
+        if lines
+        else []
+    )
+
+
+def _victim(found: Findings) -> list[str]:
+    victim = found["victim"]
+    said = [
+        f"The victim calls {victim['accuracy']:.1%} of clean series rightly ({victim['n_correct']} of "
+        f"{found['n_series']}); EFF of no attack at all is {_number(victim['effectiveness'])}."
+    ]
+    if victim["saturated"]:
+        said.append(
+            f"**The victim is saturated** (median |logit| {victim['saturation']:.1f}, above 17): gradients of "
+            "cross-entropy vanish in float32, so attacks that climb it may show robustness that is not there; the "
+            "logit margin does not."
+        )
+    return said
+
+
+def _costs(found: Findings) -> list[str]:
+    lines = []
+    for name, attack in found["attacks"].items():
+        chosen = {words: value for words, value in attack["chosen"].items() if value is not None}
+        settings = ", ".join(f"{words} {value:g}" for words, value in chosen.items())
+        flips = attack["steps_to_flip"]
+        flipped = f", half of the flips by step {flips['median']:g}" if flips["median"] is not None else ""
+        line = (
+            f"- *{name}*: {settings} of {attack['n_steps']}, the best of {attack['n_configurations']} configurations; "
+            f"fools {_number(attack['success_on_correct'], '.0%')} of those called rightly{flipped}; L2 "
+            f"{_number(attack['norms']['l2_relative'], '.1%')} of the series, roughness times "
+            f"{_number(attack['roughness_ratio'])}; {1000 * attack['seconds_per_series']:.3g} ms a series"
+        )
+        for kind in ("bad", "zero"):
+            if attack[f"{kind}_gradients"]:
+                line += f"; {attack[f'{kind}_gradients']:.1%} {kind} gradients"
+        lines.append(f"{line}.")
+    return ["Attacks:\n\n" + "\n".join(lines)]
+
+
+def _flags(found: Findings) -> list[str]:
+    return ["\n".join(["Flags:", "", *(f"- {flag}" for flag in found["flags"])])] if found["flags"] else []

@@ -1,0 +1,424 @@
+"""Attacks on a time-series classifier that also fool a trained detector, and judges that the attack never saw.
+
+Source: arXiv 2502.20948; the roles of judges, replay, rounds, calibration and the selection rule are ours.
+"""
+
+import os
+from copy import deepcopy
+from typing import Any, get_args
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_modules.attacks.campaign import choose, cross_fitted, fit_panel, fresh_panel, judged, run_chosen
+from lightning_modules.attacks.class_losses import cross_entropy, decisions
+from lightning_modules.attacks.discriminators import AdversarialBank, AttackPlan, DiscriminatorPlan, detection_loss
+from lightning_modules.attacks.frozen_networks import call, confidence, logits_of
+from lightning_modules.attacks.judges import FittedJudge, Judge, NetworkJudge, check_disjoint
+from lightning_modules.attacks.study import AdversarialSeries, AttackStudy, Role
+from lightning_modules.attacks.victims import check_logits, load_victim
+from lightning_modules.metrics.attack_functional import detector_auc
+from lightning_modules.networks import NetworkFactory, ResCNN
+
+_FACTS = ("n_channels", "n_classes", "n_steps")
+
+
+def _adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=1e-3)
+
+
+class ConcealedAttacker(LightningModule):
+    """Train a classifier and discriminators of its attacks, choose attacks on validation, and judge them on test.
+
+    ``fit`` trains the classifier (unless a victim is given), then every discriminator by its plan against the frozen
+    classifier, and in its last epoch runs the grid of every attack on the validation series and chooses one
+    configuration and iteration for each: the largest harmonic mean of effectiveness and concealability (F1 form,
+    attacked discriminators), ties to the smaller step. ``test`` runs the chosen attacks and has them judged;
+    ``predict`` writes adversarial series of one of them. Batches are those of ``TimeSeriesDataModule``.
+
+    Thresholds of detectors are calibrated on clean *training* series, each scored by a copy of the detector that was
+    trained without it (``n_folds`` copies): series that trained neither this copy nor the choice of attacks.
+
+    Logged: ``train/loss``, ``val/loss`` of what is being trained; ``val/accuracy`` of the classifier;
+    ``val/<discriminator>/auc`` against the series of its present level; ``val/<attack>/success`` in the last epoch.
+
+    Args:
+        n_channels: C of the data, linked by the CLI as the next three.
+        n_classes: K.
+        n_steps: T.
+        class_names: Names of the classes.
+        is_z_normed: Whether series are z-normed one by one, as the two-statistics judge needs.
+        classifier: Factory of the attacked network.
+        victim: Arguments of :func:`lightning_modules.attacks.load_victim` in place of a classifier trained here.
+        classifier_epochs: Epochs of the classifier, 0 with a victim.
+        discriminators: At least one with role ``"attacked"``.
+        attacks: Attacks of the test, at least one.
+        predict_attack: Name of the attack of ``predict``; by default the last.
+        n_folds: Copies of each discriminator for calibration, 0 or at least 2; with 0 no threshold is calibrated.
+        fitted_judges: Whether statistics, nearest neighbour and one-class judges join the held-out panel.
+        classifier_optimizer: Called with the classifier's parameters.
+        discriminator_optimizer: Called with the parameters of each discriminator.
+        max_rows: Series times configurations of a grid in memory at a time.
+
+    Raises:
+        ValueError: If a fact of the data was not linked, names repeat, no discriminator is attacked, a held-out one
+            shares seed, architecture or training attacks with an attacked one, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_channels: int,
+        n_classes: int,
+        n_steps: int,
+        class_names: Any = None,
+        is_z_normed: bool = False,
+        discriminators: list[DiscriminatorPlan],
+        attacks: list[AttackPlan],
+        classifier: NetworkFactory = ResCNN,
+        victim: dict[str, Any] | None = None,
+        classifier_epochs: int = 30,
+        predict_attack: str | None = None,
+        n_folds: int = 2,
+        fitted_judges: bool = True,
+        classifier_optimizer: OptimizerCallable = _adam,
+        discriminator_optimizer: OptimizerCallable = _adam,
+        max_rows: int = 4096,
+    ) -> None:
+        facts = dict(zip(_FACTS, (n_channels, n_classes, n_steps), strict=True))
+        missing = [name for name, value in facts.items() if value is None]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} must come from the data, got None")
+        if not any(plan.role == "attacked" for plan in discriminators) or not attacks:
+            raise ValueError("at least one discriminator with role 'attacked' and one attack are needed")
+        names = [plan.name for plan in discriminators]
+        chosen_names = [plan.name for plan in attacks]
+        if len(set(names)) < len(names) or len(set(chosen_names)) < len(chosen_names):
+            raise ValueError(f"names of discriminators and of attacks must differ, got {names} and {chosen_names}")
+        if n_folds == 1 or n_folds < 0:
+            raise ValueError(f"n_folds must be 0 or at least 2, got {n_folds}")
+        if predict_attack is not None and predict_attack not in chosen_names:
+            raise ValueError(f"predict_attack must be one of {chosen_names}, got {predict_attack!r}")
+        if classifier_epochs < (0 if victim else 1):
+            raise ValueError(f"classifier_epochs must be at least 1 without a victim, got {classifier_epochs}")
+        super().__init__()
+        self.automatic_optimization = False
+        self.facts = facts
+        self.n_classes = n_classes
+        self.class_names = tuple(class_names) if class_names is not None else tuple(map(str, range(n_classes)))
+        self.is_z_normed = bool(is_z_normed)
+        self.plans, self.attacks = list(discriminators), list(attacks)
+        self.predict_attack = predict_attack or chosen_names[-1]
+        self.classifier_epochs = 0 if victim else classifier_epochs
+        self.n_folds, self.fitted_judges, self.max_rows = n_folds, fitted_judges, max_rows
+        self.classifier_optimizer, self.discriminator_optimizer = classifier_optimizer, discriminator_optimizer
+        self.classifier: nn.Module = classifier(**facts) if victim is None else load_victim(**victim)
+        if victim is not None:
+            found = check_logits(self.classifier, torch.randn(2, n_steps, n_channels))
+            if found != n_classes:
+                raise ValueError(f"the victim tells {found} classes apart, the data has {n_classes}")
+        # Copy 0 is the discriminator; copies 1..n_folds were trained without one fold each.
+        self.copies = nn.ModuleList(
+            nn.ModuleList(self._seeded(plan, copy) for copy in range(1 + n_folds)) for plan in self.plans
+        )
+        check_disjoint(self._network_judges("attacked"), self._network_judges("held_out"))
+        self._banks: dict[str, AdversarialBank] = {}
+        self._clean: dict[str, dict[str, Tensor]] = {}
+        self._snapshots: dict[tuple[int, int], list[nn.Module]] = {}
+        self._validation: list[dict[str, Any]] = []
+        # What the end of a fit finds: tensors, numbers, strings.
+        self.found: dict[str, Any] | None = None
+
+    def _seeded(self, plan: DiscriminatorPlan, copy: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(plan.seed + 1000 * copy)
+            facts = self.facts | {"n_classes": 2}
+            return plan.network(**facts)
+
+    @property
+    def discriminator_epochs(self) -> int:
+        """Epochs of the longest plan."""
+        return max(plan.n_epochs for plan in self.plans)
+
+    def _copies(self, number: int) -> list[nn.Module]:
+        """A discriminator and its copies."""
+        group = self.copies[number]
+        assert isinstance(group, nn.ModuleList)
+        return list(group)
+
+    def attacked_networks(self) -> list[nn.Module]:
+        """The discriminators that attacks may read."""
+        return [self._copies(number)[0] for number, plan in enumerate(self.plans) if plan.role == "attacked"]
+
+    def _network_judges(self, role: str | None = None, copy: int = 0) -> list[NetworkJudge]:
+        return [
+            NetworkJudge(self._copies(number)[copy], plan.name, plan.provenance)
+            for number, plan in enumerate(self.plans)
+            if role in (None, plan.role)
+        ]
+
+    def _fresh_panel(self) -> list[Judge]:
+        return fresh_panel(self.is_z_normed) if self.fitted_judges else []
+
+    def forward(self, series: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits of the classifier."""
+        return call(self.classifier, series, mask)
+
+    # Fit
+
+    def on_fit_start(self) -> None:
+        """See that the epochs of the trainer are those of the plans.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        wanted = self.classifier_epochs + self.discriminator_epochs
+        if self.trainer.max_epochs != wanted:
+            raise ValueError(
+                f"trainer.max_epochs must be {wanted}: {self.classifier_epochs} of the classifier and "
+                f"{self.discriminator_epochs} of the longest discriminator plan, got {self.trainer.max_epochs}"
+            )
+
+    def on_train_epoch_start(self) -> None:
+        """The classifier is frozen once discriminators train; fixed weights mean fixed statistics, too."""
+        if self._discriminator_epoch >= 0:
+            self.classifier.eval()
+
+    @property
+    def _discriminator_epoch(self) -> int:
+        return self.current_epoch - self.classifier_epochs
+
+    def _remember(self, split: str, batch: dict[str, Tensor]) -> None:
+        """Keep the clean series of a split by row: levels, judges and calibration come back to them."""
+        loader = self.trainer.train_dataloader if split == "train" else self.trainer.val_dataloaders
+        n_series = len(loader.dataset)  # type: ignore[union-attr]
+        kept = self._clean.setdefault(split, {})
+        for key in ("series", "mask", "labels"):
+            if key not in kept:
+                kept[key] = torch.zeros(n_series, *batch[key].shape[1:], dtype=batch[key].dtype)
+            kept[key][batch["index"].cpu()] = batch[key].cpu()
+
+    def _bank(self, split: str, number: int) -> AdversarialBank:
+        key = f"{split}/{number}"
+        if key not in self._banks:
+            n_series = len(self._clean[split]["labels"])
+            self._banks[key] = AdversarialBank(n_series, lambda level, rows: self._made(split, number, level, rows))
+        return self._banks[key]
+
+    def _made(self, split: str, number: int, level: int, rows: Tensor) -> Tensor:
+        """Adversarial series of a level of a plan."""
+        plan, clean = self.plans[number], self._clean[split]
+        stage = plan.levels[level]
+        attack = plan.round_attack if stage.concealed else plan.attack
+        assert attack is not None
+        detectors: list[nn.Module] = []
+        if stage.concealed:
+            # As they are when the level begins: the discriminators answer to what was made against them.
+            key = (number, level)
+            if key not in self._snapshots:
+                self._snapshots = {key: [deepcopy(network) for network in self.attacked_networks()]}
+            detectors = self._snapshots[key]
+        result = attack(
+            self.classifier,
+            clean["series"][rows].to(self.device),
+            clean["labels"][rows].to(self.device),
+            mask=clean["mask"][rows].to(self.device),
+            index=rows.to(self.device),
+            detectors=detectors,
+            generator=plan.seed,
+            batch_size=None if attack.couples_batch else 1024,
+            step=stage.strength if attack.projection is None else None,
+            radius=None if attack.projection is None else stage.strength,
+        )
+        return result.x_adv
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """A step of the classifier, or of every discriminator and its copies."""
+        optimizers: Any = self.optimizers()
+        self._remember("train", batch)
+        if self._discriminator_epoch < 0:
+            loss = cross_entropy(self(batch["series"], batch["mask"]), batch["labels"]).mean()
+            self._step(optimizers[0], loss)
+        else:
+            losses = []
+            for number, plan in enumerate(self.plans):
+                if self._discriminator_epoch >= plan.n_epochs:
+                    continue
+                level = plan.level_at(self._discriminator_epoch)
+                adversarial = self._bank("train", number).sample(level, batch["index"], plan.replay)
+                for copy, network in enumerate(self._copies(number)):
+                    kept = batch["labels"] >= 0 if copy == 0 else self._folds(batch["index"]) != copy - 1
+                    if int(kept.sum()) < 2:  # batch normalisation has no statistics of one series
+                        continue
+                    both = torch.cat([batch["series"][kept], adversarial[kept]])
+                    mask = batch["mask"][kept].repeat(2, 1)
+                    loss = detection_loss(*call(network, both, mask).chunk(2))
+                    self._step(optimizers[1 + number * (1 + self.n_folds) + copy], loss)
+                    if copy == 0:
+                        losses.append(loss.detach())
+            loss = torch.stack(losses).mean()
+        self.log(
+            "train/loss",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(batch["labels"]),
+            sync_dist=True,
+        )
+
+    def _step(self, optimizer: Any, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._validation = []
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Loss and accuracy of the classifier, or how well each discriminator sees its level; at last, the grids."""
+        if self.trainer.sanity_checking:
+            return
+        labels, n_series = batch["labels"], len(batch["labels"])
+        self._remember("validation", batch)
+        if self._discriminator_epoch < 0:
+            logits = self(batch["series"], batch["mask"])
+            self.log("val/loss", cross_entropy(logits, labels).mean(), batch_size=n_series, sync_dist=True)
+            accuracy = (decisions(logits) == labels).float().mean()
+            self.log("val/accuracy", accuracy, batch_size=n_series, sync_dist=True)
+            return
+        losses = []
+        for number, plan in enumerate(self.plans):
+            level = plan.level_at(self._discriminator_epoch)
+            adversarial = self._bank("validation", number).get(level, batch["index"])
+            network = self._copies(number)[0]
+            seen, hidden = (call(network, series, batch["mask"]) for series in (batch["series"], adversarial))
+            losses.append(detection_loss(seen, hidden))
+            self.log(f"val/{plan.name}/auc", detector_auc(seen[:, 0], hidden[:, 0]), batch_size=n_series)
+        self.log("val/loss", torch.stack(losses).mean(), batch_size=n_series, sync_dist=True)
+        if self._is_last_epoch:
+            self._validation.append({key: batch[key] for key in ("series", "mask", "labels", "index")})
+
+    @property
+    def _is_last_epoch(self) -> bool:
+        return self._discriminator_epoch == self.discriminator_epochs - 1
+
+    def on_validation_epoch_end(self) -> None:
+        """In the last epoch: choose the attacks, fit the judges, calibrate."""
+        if not self._validation:
+            return
+        clean = {key: torch.cat([part[key] for part in self._validation]) for key in self._validation[0]}
+        attacked = self._network_judges("attacked")
+        chosen = {
+            plan.name: choose(plan, self.classifier, attacked, clean, n_classes=self.n_classes, max_rows=self.max_rows)
+            for plan in self.attacks
+        }
+        for name, choice in chosen.items():
+            self.log(f"val/{name}/success", choice["success"])
+        train = {key: value.to(self.device) for key, value in self._clean["train"].items()}
+        panel = self._fresh_panel()
+        fit_panel(panel, train["series"], train["mask"])
+        logits = logits_of(self.classifier, clean["series"], clean["mask"])
+        self.found = {
+            "chosen": chosen,
+            "judges": {judge.name: judge.state() for judge in panel if isinstance(judge, FittedJudge)},
+            "calibration": self._calibration(train),
+            "saturation": float(confidence(logits).double().quantile(0.5)),
+        }
+
+    def _calibration(self, train: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scores of clean training series by judges that were made without them."""
+        if self.n_folds == 0:
+            return {}
+        folds = self._folds(torch.arange(len(train["labels"]), device=self.device))
+
+        def panel(fold: int) -> list[Judge]:
+            fresh = self._fresh_panel()
+            fit_panel(fresh, train["series"][folds != fold], train["mask"][folds != fold])
+            return [*self._network_judges(copy=fold + 1), *fresh]
+
+        return cross_fitted(panel, train["series"], train["mask"], folds)
+
+    def _folds(self, rows: Tensor) -> Tensor:
+        """Fold of each training series; its copy of a discriminator is number fold + 1, and never sees it."""
+        return rows % self.n_folds
+
+    # Test and predict
+
+    def _fitted(self) -> dict[str, Any]:
+        if self.found is None:
+            raise ValueError("no attack was chosen: run `seqlit fit`, to its last epoch, before test or predict")
+        return self.found
+
+    def judges(self) -> list[tuple[Judge, Role]]:
+        """All judges with their roles, as the fit left them."""
+        found = self._fitted()
+        judges: list[tuple[Judge, Role]] = []
+        for role in get_args(Role):
+            judges += [(judge, role) for judge in self._network_judges(role)]
+        for judge in self._fresh_panel():
+            if isinstance(judge, FittedJudge):
+                judge.load_state(found["judges"][judge.name])
+            judges.append((judge, "held_out"))
+        return judges
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> AttackStudy:  # type: ignore[override]
+        """Attack a batch with every chosen attack, and have it judged; the report callback joins the batches."""
+        found = self._fitted()
+        return judged(
+            self.attacks,
+            found["chosen"],
+            self.classifier,
+            self.attacked_networks(),
+            self.judges(),
+            found["calibration"],
+            batch,
+            class_names=self.class_names,
+            saturation=found["saturation"],
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what seed_everything was called with
+            max_rows=self.max_rows,
+        )
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> AdversarialSeries:
+        """Adversarial series of the attack ``predict_attack``, with their course."""
+        (plan,) = [plan for plan in self.attacks if plan.name == self.predict_attack]
+        choice = self._fitted()["chosen"][plan.name]
+        result = run_chosen(plan, choice, self.classifier, self.attacked_networks(), batch, max_rows=self.max_rows)
+        return AdversarialSeries(
+            attack=plan.name,
+            index=batch["index"],
+            labels=batch["labels"],
+            mask=batch["mask"],
+            series=batch["series"],
+            x_adv=result.x_adv,
+            logits=result.logits,
+            detector_logits=result.detector_logits,
+            iteration=choice["iteration"],
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the fit found: tensors, numbers, strings."""
+        checkpoint["series_facts"], checkpoint["found"] = self.facts, self.found
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what a fit found.
+
+        Raises:
+            ValueError: If it was trained on series of other channels, classes or steps.
+        """
+        trained = checkpoint.get("series_facts", self.facts)
+        for name, value in self.facts.items():
+            if trained[name] != value:
+                raise ValueError(f"checkpoint was trained with {name} {trained[name]}, the data here has {value}")
+        self.found = checkpoint.get("found")
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The classifier's, then one for each discriminator and copy."""
+        copies = [network for number in range(len(self.plans)) for network in self._copies(number)]
+        return [
+            self.classifier_optimizer(self.classifier.parameters()),
+            *(self.discriminator_optimizer(network.parameters()) for network in copies),
+        ]

@@ -1,0 +1,175 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_modules.attacks import (
+    Attack,
+    SignStep,
+    Vanilla,
+    Victim,
+    calibrate,
+    check_logits,
+    load_victim,
+    refuse_probabilities,
+)
+
+B, T, C = 5, 12, 2
+
+
+@pytest.fixture
+def x():
+    return torch.randn(B, T, C, generator=torch.Generator().manual_seed(0))
+
+
+def head(n_logits, *after):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Flatten(), nn.Linear(T * C, n_logits), *after)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        head(1, nn.Sigmoid()),
+        head(3, nn.Softmax(dim=1)),
+        nn.Sequential(head(1, nn.Sigmoid()), nn.Flatten()),
+        lambda series: torch.sigmoid(head(1)(series)).clamp(1e-6, 1 - 1e-6),
+        lambda series: torch.sigmoid(head(1)(series).detach()),  # no graph: judged by its outputs alone
+    ],
+)
+def test_probabilities_are_refused(x, network):
+    with pytest.raises(ValueError, match="the network returns probabilities") as caught:
+        refuse_probabilities(network, x)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="the network returns probabilities"):
+        check_logits(network, x)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        head(1),
+        head(3),
+        head(3, nn.LogSoftmax(dim=1)),
+        # logits that happen to lie in 0..1 on every series
+        head(1, nn.Tanh(), nn.Linear(1, 1, bias=False), nn.Hardtanh(0.2, 0.8)),
+        lambda series: 0.5 + 0.1 * torch.tanh(series.sum(dim=(1, 2)))[:, None],
+        lambda series: torch.full((len(series), 1), 1.0),
+        lambda series: torch.tensor([0.3, 0.7]).expand(len(series), 2),
+    ],
+)
+def test_logits_pass_even_inside_the_unit_interval(x, network):
+    refuse_probabilities(network, x)
+    assert check_logits(network, x) in (2, 3)
+
+
+def test_preprocessing_lies_inside_the_graph(x):
+    """T14 for any victim: the gradient knows the statistics."""
+    x = x.double()
+
+    def standardise(series):
+        return (series - series.mean(dim=1, keepdim=True)) / series.std(dim=1, keepdim=True)
+
+    victim = Victim(head(1).double(), standardise)
+    points = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(victim(points).sum(), points)
+    assert slope.sum(dim=1).abs().max() < 1e-12  # a shift of a channel changes nothing, up to float64 rounding
+    bump = torch.zeros_like(x)
+    bump[1, 3, 1] = 1e-6
+    difference = (victim(x + bump) - victim(x - bump)).sum() / 2e-6
+    assert slope[1, 3, 1].item() == pytest.approx(difference.item(), rel=1e-6)  # central difference
+    labels = torch.zeros(B, dtype=torch.int64)
+    assert Attack(Vanilla(), SignStep(0.1), n_steps=3)(victim, x, labels).values[-1].mean() > 0
+
+
+def test_channels_first_and_masks_reach_the_network(x):
+    shapes = []
+
+    class Network(nn.Module):
+        def forward(self, series, mask=None):
+            shapes.append((tuple(series.shape), None if mask is None else tuple(mask.shape)))
+            return series.sum(dim=(1, 2))[:, None]
+
+    Victim(Network(), channels_first=True)(x, mask=torch.ones(B, T, dtype=torch.bool))
+    assert shapes == [((B, C, T), (B, T))]
+
+
+def test_weights_by_class_path(x, tmp_path):
+    source = nn.GRU(C, 4)
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pt")
+    loaded = load_victim(
+        class_path="torch.nn.GRU", init_args={"input_size": C, "hidden_size": 4}, weights=tmp_path / "weights.pt"
+    )
+    assert all(torch.equal(loaded.network.state_dict()[name], value) for name, value in source.state_dict().items())
+
+
+def test_programs_can_be_attacked_and_are_left_in_their_mode(x, tmp_path):
+    network = head(1, nn.Dropout(0.5)).eval()
+    program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.export.save(program, tmp_path / "network.pt2")
+    victim = load_victim(program=tmp_path / "network.pt2", probe=x)
+    labels = torch.zeros(B, dtype=torch.int64)
+    attack = Attack(Vanilla(), SignStep(0.1), n_steps=2)
+    # the exported matrix product may be fused otherwise: float32 rounding
+    torch.testing.assert_close(attack(victim, x, labels).logits, attack(network, x, labels).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torchscript_programs(x, tmp_path):
+    torch.jit.script(head(1)).save(tmp_path / "network.ts")
+    victim = load_victim(program=tmp_path / "network.ts", probe=x)
+    victim.train()
+    labels = torch.zeros(B, dtype=torch.int64)
+    assert Attack(Vanilla(), SignStep(0.1), n_steps=2)(victim, x, labels).x_adv.shape == x.shape
+    assert victim.network.training
+
+
+class Pickled:
+    """Would run code when unpickled."""
+
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give either class_path or program, got None and None"),
+        ({"class_path": "torch.nn.Nothing"}, "class_path 'torch.nn.Nothing' cannot be imported"),
+        ({"class_path": "pathlib.Path"}, "class_path must name an nn.Module, got 'pathlib.Path'"),
+        ({"class_path": "torch.nn.Linear"}, "torch.nn.Linear does not take init_args {}"),
+        ({"class_path": "torch.nn.ReLU", "weights": "absent.pt"}, "there is no file absent.pt"),
+        ({"program": "absent.pt2"}, "there is no file absent.pt2"),
+        ({"program": "absent.pt2", "weights": "absent.pt"}, "a program brings its arguments and weights"),
+    ],
+)
+def test_victims_that_cannot_be_loaded_end_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_victim(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_files_that_hold_no_weights_are_refused_without_running_them(tmp_path, capsys):
+    torch.save(Pickled(), tmp_path / "code.pt")
+    with pytest.raises(ValueError, match="is not a file of plain weights"):
+        load_victim(class_path="torch.nn.ReLU", weights=tmp_path / "code.pt")
+    assert capsys.readouterr().out == ""
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"the weights of .*other\.pt do not fit ReLU") as caught:
+        load_victim(class_path="torch.nn.ReLU", weights=tmp_path / "other.pt")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "text.ts").write_text("no program")
+    with pytest.raises(ValueError, match=r"text\.ts holds no program"):
+        load_victim(program=tmp_path / "text.ts")
+
+
+def test_calibration_is_the_median_confidence(x):
+    single, several = head(1), head(3)
+    assert calibrate(single, x) == pytest.approx(single(x)[:, 0].abs().median().item(), rel=1e-6)  # B is odd
+    ordered = several(x).sort(dim=1, descending=True).values
+    assert calibrate(several, x, batch_size=2) == pytest.approx(
+        (ordered[:, 0] - ordered[:, 1]).median().item(), rel=1e-5
+    )  # float32 rounding of other batch shapes
+    with pytest.raises(ValueError, match=r"the median confidence of the network on 5 series must be above 0, got 0\.0"):
+        calibrate(lambda series: torch.zeros(len(series), 1), x)

@@ -1,0 +1,122 @@
+"""Schedules, the bank of adversarial series, and the loss of discriminators."""
+
+import pytest
+import torch
+
+from lightning_modules.attacks import Attack, Linf, PGDStep, SignStep, SumReg, Vanilla
+from lightning_modules.attacks.discriminators import AdversarialBank, AttackPlan, DiscriminatorPlan, detection_loss
+from lightning_modules.networks import ResCNN
+
+IFGSM = Attack(Vanilla(), SignStep(), n_steps=3)
+
+
+def plan_of(**settings):
+    return DiscriminatorPlan(
+        **{"name": "d", "network": ResCNN, "attack": IFGSM, "training_attacks": "ifgsm"} | settings
+    )
+
+
+def test_levels_weaken_by_gamma_and_rounds_follow():
+    plan = plan_of(
+        start=0.4, gamma=0.5, n_levels=3, epochs_per_level=4, n_rounds=2, round_attack=Attack(SumReg(), SignStep())
+    )
+    assert [level.strength for level in plan.levels] == [0.4, 0.2, 0.1, 0.1, 0.1]
+    assert [level.concealed for level in plan.levels] == [False, False, False, True, True]
+    assert plan.n_epochs == 20
+    assert [plan.level_at(epoch) for epoch in (0, 3, 4, 11, 12, 19, 50)] == [0, 0, 1, 2, 3, 4, 4]
+
+
+def test_provenance_names_what_it_is_made_of():
+    assert plan_of(seed=7).provenance == {"seed": "7", "architecture": "ResCNN", "training_attacks": "ifgsm"}
+    rounds = plan_of(n_rounds=1, round_attack=IFGSM)
+    assert rounds.provenance["training_attacks"] == "ifgsm, concealed"
+
+
+def test_provenance_through_the_parser_names_the_class():
+    """YAML gives a factory, not a class."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_argument("--plan", type=DiscriminatorPlan)
+    attack = {"class_path": "lightning_modules.attacks.Attack", "init_args": {}}
+    attack["init_args"] = {
+        "objective": {"class_path": "lightning_modules.attacks.objectives.Vanilla"},
+        "stepper": {"class_path": "lightning_modules.attacks.SignStep"},
+    }
+    from jsonargparse import set_parsing_settings
+
+    set_parsing_settings(subclasses_enabled=["is_pure_dataclass"])
+    arguments = {
+        "name": "d",
+        "training_attacks": "ifgsm",
+        "attack": attack,
+        "network": {"class_path": "lightning_modules.networks.S4"},
+    }
+    given = {"class_path": "lightning_modules.attacks.discriminators.DiscriminatorPlan", "init_args": arguments}
+    plan = parser.instantiate_classes(parser.parse_object({"plan": given})).plan
+    assert plan.provenance["architecture"] == "S4"
+
+
+def test_the_bank_makes_every_series_once_and_replays_earlier_levels():
+    made = []
+
+    def make(level, rows):
+        made.append((level, rows.tolist()))
+        return (100.0 * level + rows)[:, None, None].expand(-1, 4, 1).clone()
+
+    bank = AdversarialBank(10, make)
+    rows = torch.tensor([3, 7, 1])
+    assert bank.get(0, rows)[:, 0, 0].tolist() == [3, 7, 1]
+    assert bank.get(0, torch.tensor([7, 2]))[:, 0, 0].tolist() == [7, 2]
+    assert made == [(0, [3, 7, 1]), (0, [2])]
+    torch.manual_seed(0)
+    shown = torch.stack([bank.sample(2, rows, replay=0.6)[:, 0, 0] for _ in range(300)])
+    levels = (shown // 100).long()
+    assert torch.equal(shown % 100, rows.float().expand_as(shown)), "each series stays itself"
+    share = (levels == 2).float().mean().item()
+    # 0.4 at the present level, and a third of the 0.6 that are drawn; 900 draws have a deviation of 0.016
+    assert share == pytest.approx(0.6, abs=0.07)
+    assert set(levels.unique().tolist()) == {0, 1, 2}
+    assert (bank.sample(2, rows, replay=0.0)[:, 0, 0] // 100 == 2).all()
+
+
+def test_loss_weighs_clean_and_adversarial_alike():
+    clean, adversarial = torch.tensor([[-2.0], [1.0]]), torch.tensor([[0.5]])
+    expected = (
+        torch.nn.functional.binary_cross_entropy_with_logits(clean, torch.zeros(2, 1))
+        + torch.nn.functional.binary_cross_entropy_with_logits(adversarial, torch.ones(1, 1))
+    ) / 2
+    torch.testing.assert_close(detection_loss(clean, adversarial), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"role": "judge"}, "role of discriminator 'd' must be 'attacked' or 'held_out', got 'judge'"),
+        ({"n_levels": 0}, "n_levels of discriminator 'd' must be at least 1, got 0"),
+        ({"gamma": 1.5}, "gamma in"),
+        ({"start": 0.0}, "start above 0"),
+        ({"n_rounds": 1}, "n_rounds 1 of discriminator 'd' need a round_attack, got none"),
+    ],
+)
+def test_wrong_plans_end_in_one_line(settings, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": [0.1, 0.0]}, "steps of attack 'a' must be above 0"),
+        ({"radii": [0.1]}, "radii of attack 'a' need a projection, it has none"),
+        ({"alphas": [0.1]}, "alphas of attack 'a': Vanilla has no alpha"),
+    ],
+)
+def test_wrong_grids_end_in_one_line(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AttackPlan(**{"name": "a", "family": "ifgsm", "attack": IFGSM} | settings)
+
+
+def test_a_ball_takes_radii():
+    plan = AttackPlan(name="a", family="pgd", attack=Attack(Vanilla(), PGDStep(), projection=Linf()), radii=[0.1])
+    assert plan.radii == (0.1,)
