@@ -71,7 +71,11 @@ def vanilla_attacks(study: AttackStudy) -> list[ChosenAttack]:
 
     An attack that moves no series is left out, for nobody could see it, and so is noise beside real baselines.
     """
-    moving = [one for one in study.attacks if not one.concealed and bool(((one.x_adv != study.series).any(2) & study.mask).any())]
+    moving = [
+        one
+        for one in study.attacks
+        if not one.concealed and bool(((one.x_adv != study.series).any(2) & study.mask).any())
+    ]
     families = {one.family for one in study.attacks if one.concealed}
     return [one for one in moving if one.family in families] or moving
 
@@ -80,7 +84,8 @@ def vanilla_aucs(study: AttackStudy) -> dict[str, float]:
     """AUC of each judge on :func:`vanilla_attacks` together, the mean of its AUCs on each; NaN without one."""
     attacks = vanilla_attacks(study)
     return {
-        judge.name: sum(float(detector_auc(judge.clean, attack.scores[judge.name])) for attack in attacks) / len(attacks)
+        judge.name: sum(float(detector_auc(judge.clean, attack.scores[judge.name])) for attack in attacks)
+        / len(attacks)
         if attacks
         else float("nan")
         for judge in study.judges

@@ -7,6 +7,7 @@ from lightning_modules.attacks.findings import FALSE_ALARMS, Findings, key
 HEADLINE = key(FALSE_ALARMS[0])
 """Rate of false alarms of the headline, as a key of the findings."""
 
+_JOINT = "joint_success"
 _CONTRADICTION = 0.25  # forms of concealability this far apart are told: a quarter of their range
 _UPSIDE_DOWN = 0.2  # an AUC that is that of a valid judge once read upside down
 
@@ -149,60 +150,52 @@ def _headline(found: Findings) -> list[str]:
         baseline = found["attacks"][attack["baseline"]]
         text += (
             f" Vanilla *{attack['baseline']}* reaches {_interval(baseline['intervals'][_JOINT])}, so concealment adds "
-            f"{_interval(attack['minus_vanilla'][_JOINT], '+.2f')}."
+            f"{_interval(attack['minus_vanilla'][_JOINT], '+.3f')}."
         )
     return [text]
 
 
-_JOINT = "joint_success"
-
-
-def _verdicts(found: Findings, measure: str) -> dict[str, list[str]]:
+def _gain(found: Findings, measure: str, asked: str, what: str) -> list[str]:
+    """Which concealed attacks are ahead of the vanilla attack of their family, which behind, and which neither."""
     groups: dict[str, list[str]] = {"ahead": [], "behind": [], "open": [], "undefined": []}
     for name, attack in found["attacks"].items():
         if attack["minus_vanilla"] is None:
             continue
-        _, low, high = interval = attack["minus_vanilla"][measure]
-        verdict = (
-            "undefined" if None in interval else "ahead" if low > 0 else "behind" if high < 0 else "open"
-        )  # fmt: skip
-        text = "" if verdict == "undefined" else f" ({_interval(interval, '+.3f')})"
-        groups[verdict].append(f"{name}{text}")
-    return groups
-
-
-def _grouped(groups: dict[str, list[str]], what: str, percent: str) -> str:
-    compared = any(groups[verdict] for verdict in ("ahead", "behind", "open"))
-    said = [
-        f"- {words}: {'; '.join(groups[verdict]) or 'none of them'}."
-        for verdict, words in (
-            ("ahead", f"Concealment adds to {what}, the {percent} interval of the difference above zero"),
-            ("behind", "It takes away, the interval below zero"),
-            ("open", "It cannot be told apart from the vanilla attack of the family, the interval holding zero"),
-        )
-    ]
-    if groups["undefined"]:
-        said.append(f"- The difference is not defined for: {'; '.join(groups['undefined'])}.")
-    return "\n".join(said)
+        interval = attack["minus_vanilla"][measure]
+        if None in interval:
+            groups["undefined"].append(name)
+            continue
+        verdict = "ahead" if interval[1] > 0 else "behind" if interval[2] < 0 else "open"
+        groups[verdict].append(f"{name} ({_interval(interval, '+.3f')})")
+    undefined, percent = groups.pop("undefined"), f"{100 * found['level']:g} %"
+    words = {
+        "ahead": f"Concealment adds to {what}, the {percent} interval of the difference above zero",
+        "behind": "It takes away, the interval below zero",
+        "open": "It cannot be told apart from the vanilla attack of the family, the interval holding zero",
+    }
+    lines = [f"- {words[verdict]}: {'; '.join(names) or 'none of them'}." for verdict, names in groups.items()]
+    if not any(groups.values()):
+        lines = []
+    if undefined:
+        lines.append(f"- The difference is not defined for: {'; '.join(undefined)}.")
+    return ["\n".join([asked, "", *lines])] if lines else []
 
 
 def _pays(found: Findings) -> list[str]:
-    groups, percent = _verdicts(found, "success"), f"{100 * found['level']:g} %"
-    if not any(groups.values()):
+    if not any(judge["role"] == "attacked" for judge in found["judges"].values()):
         return []
     asked = "Does concealment pay against the attacked detector? F in the F1 form, concealed minus vanilla:"
-    return [f"{asked}\n\n{_grouped(groups, 'F', percent)}"]
+    return _gain(found, "success", asked, "F")
 
 
 def _survives(found: Findings) -> list[str]:
-    groups, percent = _verdicts(found, _JOINT), f"{100 * found['level']:g} %"
-    if not any(groups.values()) or not found["panel"] or not_resolvable(found, found["panel"], HEADLINE):
+    if not_resolvable(found, found["panel"], HEADLINE) is not None:
         return []
     asked = (
         f"Does it survive judges it never saw? Mean joint success at {_percent(HEADLINE)} false alarms against the "
         "panel, concealed minus vanilla:"
     )
-    return [f"{asked}\n\n{_grouped(groups, 'joint success', percent)}"]
+    return _gain(found, _JOINT, asked, "joint success")
 
 
 def _caught(found: Findings) -> list[str]:
@@ -220,7 +213,9 @@ def _caught(found: Findings) -> list[str]:
         lines.append(f"- *{name}*: *{worst['judge']}* sees {worst['worst']:.0%}, the panel {worst['mean']:.0%}{ours}.")
     if not lines:
         return []
-    asked = f"Which held-out judge catches it? (Share detected at {_percent(HEADLINE)} false alarms on the test series.)"
+    asked = (
+        f"Which held-out judge catches it? (Share detected at {_percent(HEADLINE)} false alarms on the test series.)"
+    )
     return ["\n".join([asked, "", *lines])]
 
 

@@ -1,0 +1,461 @@
+"""The report of an attack test: numbers against plain formulas, and sentences that follow the numbers."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from scipy.stats import beta
+from sklearn.metrics import f1_score, roc_auc_score
+from torch.utils.data import DataLoader
+
+from lightning_modules.attacks.findings import findings, vanilla_attacks
+from lightning_modules.callbacks import AttackReport
+from lightning_modules.callbacks.attack_text import judges_table, sentences, table
+
+DRAWS = 200  # enough for stable signs, cheap
+ATTACKED, PANEL = "ResCNN, seed 0", ["S4, seed 7", "statistics", "two statistics", "nearest neighbour", "one-class SVM"]
+
+
+def text(found):
+    return "\n".join(sentences(found))
+
+
+def with_attack(study, name, **changes):
+    return replace(study, attacks=tuple(replace(one, **changes) if one.name == name else one for one in study.attacks))
+
+
+def with_judge(study, name, **changes):
+    return replace(study, judges=tuple(replace(one, **changes) if one.name == name else one for one in study.judges))
+
+
+def with_scores(study, judge, clean=None, **scores):
+    """Scores of one judge replaced, of clean series or by attack (spaces as underscores)."""
+    for name, values in scores.items():
+        old = next(one.scores for one in study.attacks if one.name == name.replace("_", " "))
+        study = with_attack(study, name.replace("_", " "), scores=old | {judge: values})
+    return study if clean is None else with_judge(study, judge, clean=clean)
+
+
+def decided(logits):
+    """By hand: sign of one logit, largest of several."""
+    logits = logits.numpy()
+    return (logits[..., 0] >= 0).astype(int) if logits.shape[-1] == 1 else logits.argmax(-1)
+
+
+def share_of(hits, n):
+    """Clopper-Pearson from the quantiles of beta distributions."""
+    low = beta.ppf(0.025, hits, n - hits + 1) if hits else 0.0
+    high = beta.ppf(0.975, hits + 1, n - hits) if hits < n else 1.0
+    return [hits / n, low, high, hits, n]
+
+
+def limit_of(calibration, rate):
+    """The conformal threshold by counting: the smallest score with at most rate (m + 1) - 1 scores above it."""
+    scores = np.sort(calibration.numpy())
+    return next(score for score in scores if (scores > score).sum() <= round(rate * (len(scores) + 1), 9) - 1)
+
+
+@pytest.fixture(scope="module")
+def found(attack_study):
+    return findings(attack_study, n_resamples=DRAWS)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_each_attack_before_each_judge_by_hand(make_attack_study, n_classes):
+    study = make_attack_study(n_classes=n_classes)
+    found = findings(study, n_resamples=5)
+    labels, clean = study.labels.numpy(), decided(study.clean_logits)
+    for attack in study.attacks:
+        row, called = found["attacks"][attack.name], decided(attack.logits[attack.iteration])
+        # labels: macro-F1 over the classes that occur, all of which do here
+        f1 = f1_score(labels, called, zero_division=0, **({} if n_classes == 2 else {"average": "macro"}))
+        assert row["effectiveness"] == pytest.approx(1 - f1, abs=1e-12)  # one rounding of sums
+        assert row["accuracy"] == pytest.approx((called == labels).mean())
+        assert row["fooling_rate"] == pytest.approx((called != clean).mean())
+        correct = clean == labels
+        assert row["success_on_correct"] == pytest.approx((called != labels)[correct].mean())
+        for judge in study.judges:
+            before, scores = row["judges"][judge.name], attack.scores[judge.name].numpy()
+            pooled, truth = np.concatenate([judge.clean, scores]), np.repeat([0, 1], len(labels))
+            auc = roc_auc_score(truth, pooled)
+            hidden = {"auc": 1 - auc, "auc_two_sided": 2 * min(auc, 1 - auc)}
+            if judge.is_probability:
+                hidden["f1"] = 1 - f1_score(truth, pooled >= 0.5, zero_division=0)
+            assert before["auc"] == pytest.approx(auc, abs=1e-12)
+            for form in ("f1", "auc", "auc_two_sided"):
+                if form not in hidden:
+                    assert before["concealability"][form] is None
+                    assert before["success"][form] is None
+                    continue
+                conc = hidden[form]
+                assert before["concealability"][form] == pytest.approx(conc, abs=1e-12)
+                harmonic = 2 * (1 - f1) * conc / (1 - f1 + conc) if 1 - f1 + conc else 0.0
+                assert before["success"][form] == pytest.approx(harmonic, abs=1e-12)
+            for key, rate in (("0.05", 0.05), ("0.01", 0.01)):
+                caught = scores > limit_of(judge.calibration, rate)
+                joint = ((called != labels) & ~caught)[correct].sum()
+                assert before["flagged"][key] == pytest.approx(share_of(caught.sum(), len(labels)))
+                assert before["joint_success"][key] == pytest.approx(share_of(joint, correct.sum()))
+                allowed = np.sort(judge.clean.numpy())[::-1][int(rate * len(labels))]
+                assert before["detection"][key] == pytest.approx((scores > allowed).mean())
+
+
+def test_judges_are_checked_on_vanilla_attacks_and_clean_series(attack_study, found):
+    vanilla = [one for one in attack_study.attacks if one.name in ("ifgsm", "pgd")]
+    for judge in attack_study.judges:
+        row = found["judges"][judge.name]
+        adversarial = np.concatenate([one.scores[judge.name] for one in vanilla])
+        truth = np.repeat([0, 1], [len(judge.clean), len(adversarial)])
+        auc = roc_auc_score(truth, np.concatenate([judge.clean, adversarial]))
+        assert row["vanilla_auc"] == pytest.approx(auc, abs=1e-12)
+        assert row["valid"] == (auc >= 0.8)
+        alarms = (judge.clean.numpy() > limit_of(judge.calibration, 0.05)).sum()
+        assert row["thresholds"]["0.05"]["false_alarms"] == pytest.approx(share_of(alarms, len(judge.clean)))
+    assert found["panel"] == PANEL
+    assert "*LSTM, seed 9* is not a valid judge" in text(found)
+    assert "| LSTM, seed 9 | held out | architecture: LSTM |" in "\n".join(judges_table(found))
+
+
+def test_what_counts_as_vanilla(attack_study):
+    assert [one.name for one in vanilla_attacks(attack_study)] == ["ifgsm", "pgd"]
+    alone = replace(attack_study, attacks=tuple(one for one in attack_study.attacks if not one.concealed))
+    assert [one.name for one in vanilla_attacks(alone)] == ["ifgsm", "pgd", "sgm"]  # noise moves nothing here
+    still = with_attack(attack_study, "pgd", x_adv=attack_study.series)
+    assert [one.name for one in vanilla_attacks(still)] == ["ifgsm"]
+
+
+def test_panel_is_the_mean_and_the_worst_of_valid_held_out_judges(found):
+    for attack in found["attacks"].values():
+        for measure, read, worst in (
+            ("success", lambda row: row["success"]["auc_two_sided"], min),
+            ("detection", lambda row: row["detection"]["0.05"], max),
+            ("joint_success", lambda row: row["joint_success"]["0.05"][0], min),
+        ):
+            values = {name: read(attack["judges"][name]) for name in PANEL}
+            summed_up = attack["panel"][measure]["auc_two_sided" if measure == "success" else "0.05"]
+            assert summed_up["mean"] == pytest.approx(np.mean(list(values.values())))
+            assert summed_up["worst"] == worst(values.values()) == values[summed_up["judge"]]
+        joint = attack["panel"]["joint_success"]["0.05"]["mean"]
+        assert attack["intervals"]["joint_success"][0] == pytest.approx(joint)
+        # only networks have an F1 form
+        assert attack["panel"]["success"]["f1"]["mean"] == attack["judges"]["S4, seed 7"]["success"]["f1"]
+
+
+def test_intervals_are_those_of_a_loop_over_resamples(make_attack_study):
+    """The same draw, each resample scored from its series by scikit-learn."""
+    study = make_attack_study(n=25)
+    found = findings(study, n_resamples=60)
+    drawn = np.random.default_rng(study.seed).integers(25, size=(60, 25))
+    judge = study.judges[0]
+    measured = {}
+    for attack in study.attacks[:2]:
+        called, scores = decided(attack.logits[attack.iteration]), attack.scores[judge.name].numpy()
+        rows = []
+        for some in drawn:
+            effect = 1 - f1_score(study.labels[some], called[some], zero_division=0)
+            truth = np.repeat([0, 1], 25)
+            flagged = np.concatenate([judge.clean.numpy()[some], scores[some]]) >= 0.5
+            conc = 1 - f1_score(truth, flagged, zero_division=0)
+            rows.append([effect, conc, 2 * effect * conc / (effect + conc)])
+        measured[attack.name] = np.array(rows)
+        low, high = np.quantile(rows, [0.025, 0.975], axis=0)
+        for place, measure in enumerate(("effectiveness", "concealability", "success")):
+            interval = found["attacks"][attack.name]["intervals"][measure]
+            assert interval[1:] == pytest.approx([low[place], high[place]], abs=1e-12)  # means in another order
+    gap = np.quantile(measured["ifgsm sum"][:, 2] - measured["ifgsm"][:, 2], [0.025, 0.975])
+    assert found["attacks"]["ifgsm sum"]["minus_vanilla"]["success"][1:] == pytest.approx(gap.tolist(), abs=1e-12)
+    assert found["attacks"]["ifgsm"]["minus_vanilla"] is None
+    assert found["attacks"]["sgm"]["baseline"] is None
+
+
+def test_an_attack_equal_to_its_vanilla_one_gains_nothing(attack_study):
+    vanilla = attack_study.attacks[0]
+    same = with_attack(attack_study, "ifgsm sum", logits=vanilla.logits, scores=vanilla.scores)
+    found = findings(same, n_resamples=DRAWS)
+    for interval in found["attacks"]["ifgsm sum"]["minus_vanilla"].values():
+        assert interval == [0.0, 0.0, 0.0]
+    assert "the interval holding zero: ifgsm sum (+0.000 [+0.000, +0.000])" in text(found)
+
+
+def test_size_and_effort_by_hand(make_attack_study):
+    study = make_attack_study(n=10, n_channels=2, variable_length=True)
+    attack = replace(study.attacks[1], n_bad_gradients=torch.full((10,), 2), n_zero_gradients=torch.full((10,), 5))
+    row = findings(replace(study, attacks=(attack,)), n_resamples=5)["attacks"]["ifgsm sum"]
+    sizes, bends, rough = [], [], []
+    for clean, moved, valid in zip(study.series.double(), attack.x_adv.double(), study.mask, strict=True):
+        clean, moved = clean[valid].numpy(), moved[valid].numpy()
+        delta = (moved - clean).ravel()
+        l2 = np.linalg.norm(delta)
+        sizes.append([np.abs(delta).sum(), l2, np.abs(delta).max(), l2 / np.linalg.norm(clean)])
+        bends.append(np.abs(np.diff(clean, 2, axis=0)).mean())
+        rough.append(np.abs(np.diff(moved, 2, axis=0)).mean())
+    assert list(row["norms"].values()) == pytest.approx(np.mean(sizes, 0).tolist(), rel=1e-12)  # sums in another order
+    assert row["roughness_ratio"] == pytest.approx(np.mean(rough) / np.mean(bends), rel=1e-12)
+    assert row["bad_gradients"] == pytest.approx(0.2)  # 2 of 10 gradients
+    assert row["zero_gradients"] == pytest.approx(0.5)
+    assert row["seconds_per_series"] == pytest.approx(0.01)
+    right = decided(attack.logits) == study.labels.numpy()
+    flips = [int(np.argmin(course)) for course in right.T if course[0] and not course.all()]
+    assert row["steps_to_flip"] == {"median": np.median(flips), "share_flipped": len(flips) / right[0].sum()}
+
+
+def test_several_attacked_detectors_are_pooled_by_both_rules(make_attack_study):
+    study = make_attack_study(n_attacked=2)
+    found = findings(study, n_resamples=20)
+    attack, judges = study.attacks[1], study.judges[:2]
+    clean = np.maximum(*(judge.clean.numpy() for judge in judges))
+    scores = [attack.scores[judge.name].numpy() for judge in judges]
+    truth = np.repeat([0, 1], len(clean))
+    for rule, adversarial in (("published", np.minimum(*scores)), ("max", np.maximum(*scores))):
+        f1 = f1_score(truth, np.concatenate([clean, adversarial]) >= 0.5)
+        conc = found["attacks"][attack.name]["attacked"][rule]["concealability"]["f1"]
+        assert conc == pytest.approx(1 - f1)
+    interval = found["attacks"][attack.name]["intervals"]["concealability"]
+    assert interval[0] == pytest.approx(found["attacks"][attack.name]["attacked"]["published"]["concealability"]["f1"])
+    assert "favours the attacker" in text(found)
+
+
+def test_the_headline_is_chosen_on_validation(attack_study, found):
+    assert found["headline"] == "ifgsm sum"
+    better = torch.ones_like(attack_study.attacks[4].validation_concealability)
+    other = findings(with_attack(attack_study, "pgd sum", validation_concealability=better), n_resamples=5)
+    assert other["headline"] == "pgd sum"
+    best, worst = found["attacks"]["ifgsm sum"], found["attacks"]["ifgsm sum"]["panel"]["joint_success"]["0.05"]
+    middle, low, high = best["intervals"]["joint_success"]
+    first = text(found).split("\n")[0]
+    assert f"against held-out judges: {middle:.2f} [{low:.2f}, {high:.2f}]** for *ifgsm sum*" in first
+    assert f"{worst['worst']:.2f} against *{worst['judge']}*" in first
+    assert "so concealment adds +" in first
+
+
+def test_verdicts_follow_the_numbers(attack_study, found):
+    ahead, behind = "the 95 % interval of the difference above zero: ", "It takes away, the interval below zero: "
+    pays, survives = text(found).split("Does it survive judges it never saw?")
+    assert ahead + "ifgsm sum (" in pays
+    assert ahead + "ifgsm sum (" in survives
+    loud = torch.full((40,), 0.999, dtype=torch.float64)
+    caught = findings(with_scores(attack_study, ATTACKED, ifgsm_sum=loud), n_resamples=DRAWS)
+    assert behind + "ifgsm sum (-" in text(caught).split("Does it survive")[0]
+    for judge in PANEL:
+        attack_study = with_scores(attack_study, judge, ifgsm_sum=1e9 + loud)
+    seen = findings(attack_study, n_resamples=DRAWS)
+    assert behind + "ifgsm sum (-" in text(seen).split("Does it survive")[1]
+    assert "- *ifgsm sum*: *S4, seed 7* sees 100%, the panel 100%; the attacked detector sees" in text(seen)
+
+
+def test_too_few_calibration_series_are_said_to_be_too_few(make_attack_study):
+    for n_calibration, few, enough in ((18, ("5 %", "1 %"), ()), (19, ("1 %",), ("5 %",)), (99, (), ("5 %", "1 %"))):
+        found = findings(make_attack_study(n_calibration=n_calibration), n_resamples=5)
+        said = text(found)
+        for rate in few:
+            assert f"At {rate} false alarms not resolvable (n = {n_calibration}): *{ATTACKED}*" in said
+        for rate in enough:
+            assert f"At {rate} false alarms not resolvable" not in said
+        assert (
+            f"**Joint success at 5 % false alarms against held-out judges: not resolvable (n = {n_calibration}).**"
+            in said
+        ) == ("5 %" in few)
+        if "5 %" in few:
+            assert found["attacks"]["ifgsm"]["judges"][ATTACKED]["joint_success"]["0.05"] is None
+            assert f"| not resolvable (n = {n_calibration}) |" in table(found)[4]
+
+
+def test_degenerate_cases_are_flagged(attack_study):
+    zeros = torch.zeros(40, dtype=torch.float64)
+    everywhere = {one.name.replace(" ", "_"): zeros for one in attack_study.attacks}
+    silent = findings(with_scores(attack_study, ATTACKED, zeros, **everywhere), n_resamples=5)
+    assert silent["attacks"]["ifgsm"]["attacked"]["published"]["concealability"]["f1"] == 1.0
+    assert silent["judges"][ATTACKED]["vanilla_auc"] == 0.5
+    assert f"*{ATTACKED}* calls every series clean: CONC in the F1 form is 1" in text(silent)
+    assert f"*{ATTACKED}* is not a valid judge: its AUC on vanilla attacks is 0.50" in text(silent)
+    ones = {name: zeros + 1 for name in everywhere}
+    alarmed = findings(with_scores(attack_study, ATTACKED, zeros + 1, **ones), n_resamples=5)
+    assert alarmed["attacks"]["ifgsm"]["attacked"]["published"]["concealability"]["f1"] == pytest.approx(1 / 3)
+    assert "calls every series adversarial: CONC in the F1 form is 1/3" in text(alarmed)
+    constant = replace(attack_study, clean_logits=-torch.ones(40, 1))
+    assert "The victim gives all clean series one class" in text(findings(constant, n_resamples=5))
+    collapsed = with_attack(attack_study, "ifgsm", logits=-torch.ones(11, 40, 1))
+    found = findings(collapsed, n_resamples=5)
+    assert found["attacks"]["ifgsm"]["effectiveness"] == 1.0
+    assert "Under *ifgsm* the victim gives every series one class: EFF 1.00 at accuracy 0.50" in text(found)
+    assert "*noise* moves no series" in text(found)
+
+
+def test_a_detector_read_upside_down_is_no_evasion(attack_study):
+    clean = attack_study.judges[0].clean
+    found = findings(with_scores(attack_study, ATTACKED, ifgsm_sum=clean * 1e-3), n_resamples=5)
+    forms = found["attacks"]["ifgsm sum"]["judges"][ATTACKED]["concealability"]
+    assert forms["f1"] == 1.0
+    assert forms["auc_two_sided"] < 0.1
+    assert f"Read upside down, these judges detect: *{ATTACKED}* before *ifgsm sum*" in text(found)
+    assert "contradict each other" in text(found)
+
+
+def test_false_alarms_beyond_the_promise_are_told(attack_study):
+    loud = findings(with_judge(attack_study, "statistics", calibration=torch.linspace(0, 0.1, 120)), n_resamples=5)
+    assert "- *statistics* promised 5 %: 1.000 [0.912, 1.000], more, so joint success is too low." in text(loud)
+    quiet = make_quiet(attack_study)
+    assert "- *statistics* promised 5 %: 0.000 [0.000, 0.003], fewer, so joint success is too high." in text(quiet)
+
+
+def make_quiet(study):
+    """1000 clean series of which none is flagged."""
+    many = torch.zeros(1000, dtype=torch.float64)
+    judge = replace(study.judges[2], clean=many, calibration=torch.ones(120, dtype=torch.float64))
+    found = findings(study, n_resamples=5)
+    quiet = findings(replace(study, judges=(*study.judges[:2], judge, *study.judges[3:])), n_resamples=5)
+    return found | {"judges": quiet["judges"]}
+
+
+def test_saturated_victims_are_flagged(make_attack_study, found):
+    assert not found["victim"]["saturated"]
+    assert "saturated" not in text(found)
+    saturated = findings(make_attack_study(n=20, saturation=17.1), n_resamples=5)
+    assert saturated["victim"]["saturated"]
+    assert "**The victim is saturated** (median |logit| 17.1, above 17)" in text(saturated)
+
+
+def test_tables_have_one_row_an_attack_and_one_a_judge(attack_study, found):
+    lines = table(found)
+    assert lines[0] == "# Test report: 40 series, 30 steps, 1 channel, 2 classes"
+    assert len(lines) == 4 + len(attack_study.attacks)
+    assert {line.count("|") for line in lines[2:]} == {10}
+    row = found["attacks"]["ifgsm sum"]
+    pooled, norms = row["attacked"]["published"], row["norms"]
+    cell = f"{pooled['concealability']['f1']:.2f} / {pooled['success']['f1']:.2f}"
+    assert f"| ifgsm sum | {row['effectiveness']:.2f} | {cell} |" in lines[5]
+    assert lines[5].endswith(f"| {row['accuracy']:.2f} | {norms['linf']:.3g} | {norms['l2']:.3g} |")
+    assert len(judges_table(found)) == 2 + len(attack_study.judges)
+    assert {line.count("|") for line in judges_table(found)} == {8}
+    piped = findings(with_attack(attack_study, "sgm", name="a|b"), n_resamples=5)
+    assert "| a\\|b |" in "\n".join(table(piped))
+
+
+@pytest.mark.parametrize(
+    "bare",
+    [
+        pytest.param({"n_attacked": 0}, id="no attacked detector"),
+        pytest.param({"n_classes": 4, "n": 12}, id="four classes"),
+        pytest.param({"attacks": (("pgd", "pgd", False),)}, id="one vanilla attack"),
+        pytest.param({"attacks": (("pgd sum", "pgd", True),)}, id="one concealed attack"),
+        pytest.param({"judges": (("ResCNN", "attacked", True, 2.0),)}, id="no held-out judge"),
+        pytest.param({"n_attacked": 0, "judges": (("ResCNN", "attacked", True, 2.0),)}, id="no judge"),
+    ],
+)
+def test_works_without(make_attack_study, bare):
+    found = findings(make_attack_study(**bare), n_resamples=5)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found  # raises on nan
+    said = text(found)
+    assert table(found)
+    if bare.get("n_attacked") == 0:
+        assert found["attacks"]["ifgsm"]["attacked"] is None
+        assert "no detector" in table(found)[4]
+        assert "Does concealment pay" not in said
+    if "judges" in bare:
+        assert "no held-out judge is valid" in said
+        assert "no valid judge" in table(found)[4]
+    if bare.get("attacks") == (("pgd", "pgd", False),):
+        assert said.startswith("No concealed attack was run")
+    if bare.get("attacks") == (("pgd sum", "pgd", True),):
+        assert "no vanilla attack was run to judge it by" in said
+        assert found["judges"][ATTACKED]["vanilla_auc"] is None
+
+
+def test_same_study_same_findings(attack_study, found):
+    assert findings(attack_study, n_resamples=DRAWS) == found
+    other = findings(replace(attack_study, seed=attack_study.seed + 1), n_resamples=DRAWS)
+    assert other["attacks"]["ifgsm"]["intervals"] != found["attacks"]["ifgsm"]["intervals"]
+
+
+def test_bad_studies_and_arguments(attack_study):
+    with pytest.raises(ValueError, match=r"at least one attack, and names that differ; attacks are \[\]"):
+        findings(replace(attack_study, attacks=()))
+    with pytest.raises(ValueError, match=r"names that differ; judges are \['ResCNN, seed 0', 'ResCNN, seed 0'\]"):
+        findings(replace(attack_study, judges=attack_study.judges[:1] * 2))
+    for arguments, message in (
+        ({"n_resamples": 0}, "n_resamples must be at least 1, got 0"),
+        ({"level": 1.0}, "level must be .*, got 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            findings(attack_study, **arguments)
+        with pytest.raises(ValueError, match=message):
+            AttackReport(**arguments)
+
+
+class Series(LightningDataModule):
+    """Two batches, and facts of the set."""
+
+    def test_dataloader(self):
+        return DataLoader(torch.arange(2))
+
+    def report_facts(self):
+        return {"set": "GunPoint", "gaps": float("nan")}
+
+
+class Outcomes(LightningModule):
+    """Returns what it was given for each batch."""
+
+    def __init__(self, *outcomes):
+        super().__init__()
+        self.outcomes = outcomes
+
+    def test_step(self, batch, batch_idx):
+        return self.outcomes[batch_idx]
+
+
+def rows_of(study, rows):
+    """Part of a study, as a batch of it."""
+    return replace(
+        study,
+        **{name: getattr(study, name)[rows] for name in ("series", "mask", "labels", "index", "clean_logits")},
+        judges=tuple(replace(judge, clean=judge.clean[rows]) for judge in study.judges),
+        attacks=tuple(
+            replace(
+                attack,
+                x_adv=attack.x_adv[rows],
+                logits=attack.logits[:, rows],
+                detector_logits=attack.detector_logits[:, :, rows],
+                scores={name: values[rows] for name, values in attack.scores.items()},
+                n_bad_gradients=attack.n_bad_gradients[rows],
+                n_zero_gradients=attack.n_zero_gradients[rows],
+                seconds=attack.seconds / 2,
+            )
+            for attack in study.attacks
+        ),
+    )
+
+
+def run_test(folder, *outcomes):
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[AttackReport(n_resamples=20)],
+    )
+    trainer.test(Outcomes(*outcomes), Series(), verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_callback_joins_batches_and_writes_a_report(make_attack_study, tmp_path, capsys):
+    study = make_attack_study(n=20, attacks=(("ifgsm", "ifgsm", False), ("ifgsm sum", "ifgsm", True)))
+    run_test(tmp_path, rows_of(study, slice(0, 10)), rows_of(study, slice(10, 20)))
+    folder = tmp_path / "report"
+    assert f"seqlit: report in {folder}" in capsys.readouterr().out
+    written = json.loads((folder / "metrics.json").read_text())
+    assert written["attacks"] == findings(study, n_resamples=20)["attacks"]
+    assert written["data"] == {"set": "GunPoint", "gaps": None}
+    report = (folder / "report.md").read_text()
+    assert report.startswith("# Test report: 20 series of GunPoint, 30 steps, 1 channel, 2 classes")
+    assert "| judge | role |" in report
+    assert not list(folder.glob(".*"))  # no draft is left
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_callback_refuses_other_outputs(tmp_path):
+    with pytest.raises(ValueError, match="AttackReport needs an AttackStudy from test_step, got dict"):
+        run_test(tmp_path, {"loss": torch.zeros(())})
