@@ -15,9 +15,9 @@ def series_frame(found: AdversarialSeries) -> pl.DataFrame:
     """One row a series.
 
     Columns ``index`` (row of the test file), ``label``, ``predicted`` (of the adversarial series), ``attack``,
-    ``iteration`` (chosen), ``n_channels``; ``series`` and ``adversarial``, the valid steps, channel after channel within
-    a step; ``predicted_at`` and ``detector_probability_at`` (the largest of the attacked discriminators), a value for
-    every iterate 0..N.
+    ``iteration`` (chosen), ``n_channels``; ``series`` and ``adversarial``, the valid steps, channel after channel
+    within a step; ``predicted_at`` and ``detector_probability_at`` (the largest of the attacked discriminators), a
+    value for every iterate 0..N.
     """
     lengths = found.mask.sum(1).tolist()
     course = decisions(found.logits.flatten(0, 1)).unflatten(0, found.logits.shape[:2])  # (N + 1, B)

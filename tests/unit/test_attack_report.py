@@ -8,7 +8,6 @@ import pytest
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from scipy.stats import beta
-from sklearn.metrics import f1_score, roc_auc_score
 from torch.utils.data import DataLoader
 
 from lightning_modules.attacks.findings import findings, vanilla_attacks
@@ -45,6 +44,19 @@ def decided(logits):
     return (logits[..., 0] >= 0).astype(int) if logits.shape[-1] == 1 else logits.argmax(-1)
 
 
+def f1_score(truth, called, classes=(1,)):
+    """Mean over classes of 2 TP / (2 TP + FP + FN), 0 where all are 0."""
+    truth, called = np.asarray(truth), np.asarray(called)
+    below = [((truth == one).sum() + (called == one).sum()) or 1 for one in classes]
+    return np.mean([2 * ((truth == one) & (called == one)).sum() / n for one, n in zip(classes, below, strict=True)])
+
+
+def auc_score(clean, adversarial):
+    """Share of pairs in the right order, ties half."""
+    gaps = np.asarray(adversarial)[:, None] - np.asarray(clean)
+    return ((gaps > 0) + 0.5 * (gaps == 0)).mean()
+
+
 def share_of(hits, n):
     """Clopper-Pearson from the quantiles of beta distributions."""
     low = beta.ppf(0.025, hits, n - hits + 1) if hits else 0.0
@@ -70,8 +82,7 @@ def test_each_attack_before_each_judge_by_hand(make_attack_study, n_classes):
     labels, clean = study.labels.numpy(), decided(study.clean_logits)
     for attack in study.attacks:
         row, called = found["attacks"][attack.name], decided(attack.logits[attack.iteration])
-        # labels: macro-F1 over the classes that occur, all of which do here
-        f1 = f1_score(labels, called, zero_division=0, **({} if n_classes == 2 else {"average": "macro"}))
+        f1 = f1_score(labels, called, (1,) if n_classes == 2 else range(n_classes))  # all classes occur
         assert row["effectiveness"] == pytest.approx(1 - f1, abs=1e-12)  # one rounding of sums
         assert row["accuracy"] == pytest.approx((called == labels).mean())
         assert row["fooling_rate"] == pytest.approx((called != clean).mean())
@@ -80,10 +91,10 @@ def test_each_attack_before_each_judge_by_hand(make_attack_study, n_classes):
         for judge in study.judges:
             before, scores = row["judges"][judge.name], attack.scores[judge.name].numpy()
             pooled, truth = np.concatenate([judge.clean, scores]), np.repeat([0, 1], len(labels))
-            auc = roc_auc_score(truth, pooled)
+            auc = auc_score(judge.clean, scores)
             hidden = {"auc": 1 - auc, "auc_two_sided": 2 * min(auc, 1 - auc)}
             if judge.is_probability:
-                hidden["f1"] = 1 - f1_score(truth, pooled >= 0.5, zero_division=0)
+                hidden["f1"] = 1 - f1_score(truth, pooled >= 0.5)
             assert before["auc"] == pytest.approx(auc, abs=1e-12)
             for form in ("f1", "auc", "auc_two_sided"):
                 if form not in hidden:
@@ -108,8 +119,7 @@ def test_judges_are_checked_on_vanilla_attacks_and_clean_series(attack_study, fo
     for judge in attack_study.judges:
         row = found["judges"][judge.name]
         adversarial = np.concatenate([one.scores[judge.name] for one in vanilla])
-        truth = np.repeat([0, 1], [len(judge.clean), len(adversarial)])
-        auc = roc_auc_score(truth, np.concatenate([judge.clean, adversarial]))
+        auc = auc_score(judge.clean, adversarial)
         assert row["vanilla_auc"] == pytest.approx(auc, abs=1e-12)
         assert row["valid"] == (auc >= 0.8)
         alarms = (judge.clean.numpy() > limit_of(judge.calibration, 0.05)).sum()
@@ -155,10 +165,10 @@ def test_intervals_are_those_of_a_loop_over_resamples(make_attack_study):
         called, scores = decided(attack.logits[attack.iteration]), attack.scores[judge.name].numpy()
         rows = []
         for some in drawn:
-            effect = 1 - f1_score(study.labels[some], called[some], zero_division=0)
+            effect = 1 - f1_score(study.labels[some], called[some])
             truth = np.repeat([0, 1], 25)
             flagged = np.concatenate([judge.clean.numpy()[some], scores[some]]) >= 0.5
-            conc = 1 - f1_score(truth, flagged, zero_division=0)
+            conc = 1 - f1_score(truth, flagged)
             rows.append([effect, conc, 2 * effect * conc / (effect + conc)])
         measured[attack.name] = np.array(rows)
         low, high = np.quantile(rows, [0.025, 0.975], axis=0)
@@ -271,7 +281,7 @@ def test_degenerate_cases_are_flagged(attack_study):
     assert silent["judges"][ATTACKED]["vanilla_auc"] == 0.5
     assert f"*{ATTACKED}* calls every series clean: CONC in the F1 form is 1" in text(silent)
     assert f"*{ATTACKED}* is not a valid judge: its AUC on vanilla attacks is 0.50" in text(silent)
-    ones = {name: zeros + 1 for name in everywhere}
+    ones = dict.fromkeys(everywhere, zeros + 1)
     alarmed = findings(with_scores(attack_study, ATTACKED, zeros + 1, **ones), n_resamples=5)
     assert alarmed["attacks"]["ifgsm"]["attacked"]["published"]["concealability"]["f1"] == pytest.approx(1 / 3)
     assert "calls every series adversarial: CONC in the F1 form is 1/3" in text(alarmed)
@@ -295,19 +305,12 @@ def test_a_detector_read_upside_down_is_no_evasion(attack_study):
 
 
 def test_false_alarms_beyond_the_promise_are_told(attack_study):
-    loud = findings(with_judge(attack_study, "statistics", calibration=torch.linspace(0, 0.1, 120)), n_resamples=5)
-    assert "- *statistics* promised 5 %: 1.000 [0.912, 1.000], more, so joint success is too low." in text(loud)
-    quiet = make_quiet(attack_study)
-    assert "- *statistics* promised 5 %: 0.000 [0.000, 0.003], fewer, so joint success is too high." in text(quiet)
-
-
-def make_quiet(study):
-    """1000 clean series of which none is flagged."""
-    many = torch.zeros(1000, dtype=torch.float64)
-    judge = replace(study.judges[2], clean=many, calibration=torch.ones(120, dtype=torch.float64))
-    found = findings(study, n_resamples=5)
-    quiet = findings(replace(study, judges=(*study.judges[:2], judge, *study.judges[3:])), n_resamples=5)
-    return found | {"judges": quiet["judges"]}
+    loud = with_judge(attack_study, "statistics", calibration=torch.full((120,), 1e-6))
+    said = text(findings(loud, n_resamples=5))
+    assert "- *statistics* promised 5 %: 1.000 [0.912, 1.000], more, so joint success is too low." in said
+    quiet = with_judge(attack_study, "statistics", clean=torch.zeros(1000), calibration=torch.ones(120))
+    said = text(findings(quiet, n_resamples=5))
+    assert "- *statistics* promised 5 %: 0.000 [0.000, 0.004], fewer, so joint success is too high." in said
 
 
 def test_saturated_victims_are_flagged(make_attack_study, found):
