@@ -59,6 +59,8 @@ _IRRELEVANT = (
 # Runtime errors that are about the user's input: weights that do not fit, a metric to stop by that nobody logs.
 _USERS_RUNTIME_ERRORS = ("Error(s) in loading state_dict", "Early stopping conditioned on metric")
 TRACEBACK_VARIABLE = "SEQLIT_TRACEBACK"
+# Some injected classes are dataclasses with subclasses, such as objectives of attacks. Once: a second call is refused.
+set_parsing_settings(subclasses_enabled=["is_pure_dataclass"])
 
 
 class _Parser(LightningArgumentParser):
@@ -199,8 +201,6 @@ def main() -> None:
     data_log.setLevel(logging.INFO)
     for message in _IRRELEVANT:
         warnings.filterwarnings("ignore", message=message)
-    # Some injected classes are dataclasses with subclasses, such as the objectives of attacks.
-    set_parsing_settings(subclasses_enabled=["is_pure_dataclass"])
     try:
         SeqlitCLI(
             subclass_mode_model=True,

@@ -86,7 +86,7 @@ def example_rows(study: AttackStudy, n_examples: int = 3) -> list[int]:
     return [int(row) for row in ordered[places].unique_consecutive()]
 
 
-def series(path: Path, study: AttackStudy, found: Findings) -> None:
+def series(path: Path, study: AttackStudy) -> None:
     """A few series, original under adversarial, and the perturbation below; channel 0."""
     shown, rows, look = _shown(study), example_rows(study), _looks(study)
     figure, axes = new_axes(len(rows), width=4 * len(rows), height=3.4 * len(shown) + 0.6, n_rows=2 * len(shown))
@@ -124,7 +124,7 @@ def series(path: Path, study: AttackStudy, found: Findings) -> None:
     save(figure, path)
 
 
-def scores(path: Path, study: AttackStudy, found: Findings) -> None:
+def scores(path: Path, study: AttackStudy) -> None:
     """Along the run: how adversarial the attacked detectors find the series, and the share that is fooled."""
     n_detectors, look = study.attacks[0].detector_logits.shape[1], _looks(study)
     lengths = {len(attack.logits) - 1 for attack in study.attacks}
@@ -151,13 +151,11 @@ def scores(path: Path, study: AttackStudy, found: Findings) -> None:
     save(figure, path)
 
 
-def _legend(axes: Axes, title: str | None = None, **more: Any) -> None:
-    axes.legend(
-        frameon=False, fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title=title, **more
-    )
+def _legend(axes: Axes, title: str | None = None) -> None:
+    axes.legend(frameon=False, fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title=title)
 
 
-def pareto(path: Path, study: AttackStudy, found: Findings) -> None:
+def pareto(path: Path, study: AttackStudy) -> None:
     """On validation, one plot a family: all configurations and iterations, the front, its area and what was chosen."""
     families = list(dict.fromkeys(attack.family for attack in study.attacks))
     figure, axes = _tiles(len(families), 4, 3.7, 4.4)
@@ -175,16 +173,8 @@ def pareto(path: Path, study: AttackStudy, found: Findings) -> None:
             )
             style = look[attack.name]
             each.scatter(effect, hidden, s=8, color=style["color"], alpha=0.35, linewidths=0, zorder=2)
-            front = pareto_front(effect, hidden)
-            # Steps: between two points of the front nothing was reached.
-            x, y = (
-                np.append(values, end) for values, end in ((effect.ravel()[front], np.nan), (hidden.ravel()[front], 0))
-            )
-            x[-1] = x[-2] if len(x) > 1 else np.nan
-            area = pareto_area(effect, hidden)
-            each.step(
-                np.insert(x, 0, 0), np.insert(y, 0, y[0]), where="pre", label=f"{attack.name}, area {area:.2f}", **style
-            )
+            x, y = _stairs(effect, hidden)
+            each.step(x, y, where="pre", label=f"{attack.name}, area {pareto_area(effect, hidden):.2f}", **style)
             place = _chosen_on_validation(attack)
             each.plot(
                 effect[place],
@@ -203,6 +193,13 @@ def pareto(path: Path, study: AttackStudy, found: Findings) -> None:
     axes[0].set_ylabel("concealability CONC")
     figure.suptitle("validation: every configuration and iteration; star: chosen, largest F", fontsize=10)
     save(figure, path)
+
+
+def _stairs(effect: Array, hidden: Array) -> tuple[Array, Array]:
+    """Corners of the area that the front dominates, from EFF 0 to the largest, and down to CONC 0."""
+    front = pareto_front(effect, hidden)
+    x, y = effect.ravel()[front], hidden.ravel()[front]
+    return np.concatenate([[0.0], x, x[-1:]]), np.concatenate([y[:1], y, [0.0]])
 
 
 def _chosen_on_validation(attack: ChosenAttack) -> tuple[int, int]:
@@ -333,7 +330,7 @@ def detection(path: Path, study: AttackStudy, found: Findings) -> None:
     save(figure, path)
 
 
-def spectrum(path: Path, study: AttackStudy, found: Findings) -> None:
+def spectrum(path: Path, study: AttackStudy) -> None:
     """Mean power of each frequency of the perturbation, the clean series beside it, over series and channels."""
     figure, (axes,) = new_axes(width=8, height=4)
     mask = study.mask[..., None]

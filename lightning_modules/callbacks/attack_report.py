@@ -95,8 +95,8 @@ def _pictures(study: AttackStudy, found: Findings) -> dict[str, tuple[str, Calla
         chosen["transfer"] = ("attacks before judges", partial(attack_pictures.transfer, found=found))
         chosen["detection"] = ("ROC curves of the judges", partial(attack_pictures.detection, study=study, found=found))
     return chosen | {
-        "pareto": ("effectiveness against concealability", partial(attack_pictures.pareto, study=study, found=found)),
-        "scores": ("along the iterations", partial(attack_pictures.scores, study=study, found=found)),
-        "series": ("original and attacked series", partial(attack_pictures.series, study=study, found=found)),
-        "spectrum": ("spectrum of the perturbation", partial(attack_pictures.spectrum, study=study, found=found)),
+        "pareto": ("effectiveness against concealability", partial(attack_pictures.pareto, study=study)),
+        "scores": ("along the iterations", partial(attack_pictures.scores, study=study)),
+        "series": ("original and attacked series", partial(attack_pictures.series, study=study)),
+        "spectrum": ("spectrum of the perturbation", partial(attack_pictures.spectrum, study=study)),
     }

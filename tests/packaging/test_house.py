@@ -21,7 +21,7 @@ MAY_NOT_IMPORT = {
 }
 # Plain mathematics: usable without Lightning.
 FREE_OF_LIGHTNING = ("lightning_modules/networks", "lightning_modules/losses", "lightning_modules/metrics")
-FREE_OF_LIGHTNING += ("lightning_modules/portfolio", "lightning_modules/topology")
+FREE_OF_LIGHTNING += ("lightning_modules/portfolio", "lightning_modules/topology", "lightning_modules/attacks")
 FREE_OF_LIGHTNING += ("lightning_modules/ranking.py", "lightning_modules/baselines.py")
 
 

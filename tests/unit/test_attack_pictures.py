@@ -46,9 +46,8 @@ def test_every_picture_is_drawn_whole_and_linked(full):
 
 
 def test_same_study_same_pictures(attack_study, full, tmp_path):
-    found = findings(attack_study, n_resamples=20)
     for name in ("series", "pareto"):
-        getattr(attack_pictures, name)(tmp_path / f"{name}.png", attack_study, found)
+        getattr(attack_pictures, name)(tmp_path / f"{name}.png", attack_study)
         assert np.array_equal(imread(tmp_path / f"{name}.png")[..., :3], full[1][name])
 
 

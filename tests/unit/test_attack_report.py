@@ -22,11 +22,11 @@ def text(found):
     return "\n".join(sentences(found))
 
 
-def with_attack(study, name, **changes):
+def with_attack(study, name, /, **changes):
     return replace(study, attacks=tuple(replace(one, **changes) if one.name == name else one for one in study.attacks))
 
 
-def with_judge(study, name, **changes):
+def with_judge(study, name, /, **changes):
     return replace(study, judges=tuple(replace(one, **changes) if one.name == name else one for one in study.judges))
 
 

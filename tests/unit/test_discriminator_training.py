@@ -43,9 +43,8 @@ def test_provenance_through_the_parser_names_the_class():
         "objective": {"class_path": "lightning_modules.attacks.objectives.Vanilla"},
         "stepper": {"class_path": "lightning_modules.attacks.SignStep"},
     }
-    from jsonargparse import set_parsing_settings
+    import lightning_modules.cli  # noqa: F401 - its parser takes dataclasses with subclasses
 
-    set_parsing_settings(subclasses_enabled=["is_pure_dataclass"])
     arguments = {
         "name": "d",
         "training_attacks": "ifgsm",
