@@ -1,0 +1,287 @@
+"""The table of configs/concealed_attack/README.md: data sets, networks, attacks, seeds; selection by cross-fitting.
+
+    python scripts/reproduce_concealed_attack.py --folder data/ucr --out runs/attack_table
+    python scripts/reproduce_concealed_attack.py --folder data/ucr --sets GunPoint --networks ResCNN --seeds 0
+
+For each cell (set, network, seed) the official training series are cut into folds. On each fold a classifier and its
+discriminators are trained without it, and every attack runs its grid on it; a configuration and iteration are chosen by
+the mean of F over the folds, ties to the smaller step. The chosen attacks then run on the test series against the
+models of every fold, and the figures are means over these. Every fit is a file in OUT and is not done again (delete OUT
+after a change of code); the time of each is printed.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Trainer, seed_everything
+from torch import nn
+from tqdm import tqdm
+
+from datamodules import TimeSeriesDataModule
+from lightning_modules import ConcealedAttacker
+from lightning_modules.attacks import (
+    AdamStep,
+    Attack,
+    HarmonicReg,
+    Linf,
+    PGDStep,
+    SignStep,
+    SumReg,
+    Vanilla,
+)
+from lightning_modules.attacks.discriminators import AttackPlan, DiscriminatorPlan
+from lightning_modules.attacks.findings import findings
+from lightning_modules.attacks.selection import Candidates, fold_average, select
+from lightning_modules.attacks.thresholds import binomial_share
+from lightning_modules.metrics.attack_functional import success_f
+from lightning_modules.networks import S4, PatchTST, ResCNN, RNNAttention
+from lightning_modules.run_folder import write_whole
+
+SETS = ("Coffee", "GunPoint", "GunPointMaleVersusFemale", "PowerCons", "Strawberry")
+NOT_COUNTED = ("Coffee",)  # 28 test series
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "PatchTST": partial(PatchTST, dropout=0.1),
+    "RNNAttention": RNNAttention,
+    "ResCNN": partial(ResCNN, n_filters=16),
+    "S4": partial(S4, d_model=32, state_size=32),
+}
+N_STEPS, N_FOLDS = 50, 2
+STEPS, RADII, ALPHAS = (0.005, 0.01, 0.03, 0.05), (0.05, 0.1, 0.25, 0.5), (0.1, 1.0, 10.0)
+
+
+def plans() -> list[AttackPlan]:
+    """At most 12 configurations an attack; objectives in the published form."""
+    sums = partial(SumReg, class_loss="cross_entropy")
+    vanilla = partial(Vanilla, class_loss="cross_entropy")
+    ball = {"projection": Linf(), "n_steps": N_STEPS}
+    return [
+        AttackPlan(name="ifgsm", family="ifgsm", attack=Attack(vanilla(), SignStep(), n_steps=N_STEPS), steps=STEPS),
+        AttackPlan(
+            name="ifgsm sum",
+            family="ifgsm",
+            attack=Attack(sums(), SignStep(), n_steps=N_STEPS),
+            steps=STEPS,
+            alphas=ALPHAS,
+        ),
+        AttackPlan(
+            name="ifgsm harmonic",
+            family="ifgsm",
+            attack=Attack(HarmonicReg(), SignStep(), n_steps=N_STEPS),
+            steps=STEPS,
+        ),
+        AttackPlan(name="pgd", family="pgd", attack=Attack(vanilla(), PGDStep(), **ball), radii=RADII),
+        AttackPlan(name="pgd sum", family="pgd", attack=Attack(sums(), PGDStep(), **ball), radii=RADII, alphas=ALPHAS),
+        AttackPlan(name="pgd harmonic", family="pgd", attack=Attack(HarmonicReg(), PGDStep(), **ball), radii=RADII),
+        AttackPlan(
+            name="sgm", family="sgm", attack=Attack(vanilla(), AdamStep(0.01, nu=0.1, lam=0.1), **ball), radii=RADII
+        ),
+    ]
+
+
+def discriminators(network: str, n_epochs: int, seed: int) -> list[DiscriminatorPlan]:
+    """The attacked one is of the victim's family; the held-out one of the next, other seed, other attack."""
+    names = list(NETWORKS)
+    other = names[(names.index(network) + 1) % len(names)]
+    schedule = {"gamma": 0.5, "n_levels": 4, "epochs_per_level": n_epochs // 4}
+    return [
+        DiscriminatorPlan(
+            name="attacked",
+            network=NETWORKS[network],
+            attack=Attack(Vanilla(), SignStep(), n_steps=10),
+            training_attacks="ifgsm",
+            start=0.03,
+            seed=100 + seed,
+            **schedule,
+        ),
+        DiscriminatorPlan(
+            name="held out",
+            role="held_out",
+            network=NETWORKS[other],
+            attack=Attack(Vanilla(), PGDStep(), projection=Linf(), n_steps=10),
+            training_attacks="pgd",
+            start=0.2,
+            seed=200 + seed,
+            **schedule,
+        ),
+    ]
+
+
+def epochs_of(n_series: int) -> tuple[int, int, int]:
+    """Epochs of classifier and discriminators, and the batch size: about 400 and 600 steps whatever the set."""
+    batch_size = 16 if n_series < 200 else 64
+    per_epoch = max(1, n_series // batch_size)
+    return max(10, 400 // per_epoch), 4 * max(4, 150 // per_epoch), batch_size
+
+
+def fit(folder: Path, name: str, network: str, seed: int, fold: int) -> tuple[ConcealedAttacker, TimeSeriesDataModule]:
+    """Train one fold, and run every grid on the series that were left out."""
+    seed_everything(seed, verbose=False)
+    data = TimeSeriesDataModule(folder=str(folder), name=name, fold=fold, n_folds=N_FOLDS, seed=seed)
+    n_train = len(data.arrays("train")["labels"])
+    for_classifier, for_discriminators, batch_size = epochs_of(n_train)
+    data = TimeSeriesDataModule(
+        folder=str(folder), name=name, fold=fold, n_folds=N_FOLDS, seed=seed, batch_size=batch_size
+    )
+    module = ConcealedAttacker(
+        n_channels=data.n_channels,
+        n_classes=data.n_classes,
+        n_steps=data.n_steps,
+        class_names=data.class_names,
+        is_z_normed=data.is_z_normed,
+        classifier=NETWORKS[network],
+        classifier_epochs=for_classifier,
+        discriminators=discriminators(network, for_discriminators, seed),
+        attacks=plans(),
+        n_folds=2,
+        max_rows=1024,
+    )
+    trainer = Trainer(
+        accelerator="auto",
+        devices=1,
+        max_epochs=module.classifier_epochs + module.discriminator_epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, data)
+    return module, data
+
+
+def cell(folder: Path, out: Path, name: str, network: str, seed: int) -> dict[str, Any]:
+    """All folds of a cell, the choice, and the test."""
+    file = out / f"{name}, {network}, {seed}.json"
+    if file.is_file():
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    started = time.perf_counter()
+    fitted = [fit(folder, name, network, seed, fold) for fold in range(N_FOLDS)]
+    sizes = [len(data.arrays("validation")["labels"]) for _, data in fitted]
+    chosen: dict[str, dict[str, Any]] = {}
+    for plan in fitted[0][0].attacks:
+        per_fold = []
+        for module, _ in fitted:
+            assert module.found is not None
+            choice = module.found["chosen"][plan.name]
+            per_fold.append(success_f(choice["effectiveness"], choice["concealability"]).numpy()[:, 1:])
+        success = fold_average(np.stack(per_fold), sizes)
+        points = [(s, r, a) for s in plan.steps or [None] for r in plan.radii or [None] for a in plan.alphas or [None]]
+        best = select(
+            Candidates(
+                success,
+                np.array([s or r or 0.0 for s, r, _ in points]),
+                np.array([a or 0.0 for _, _, a in points]),
+                np.arange(1, N_STEPS + 1),
+            )
+        )
+        step, radius, alpha = points[best.configuration]
+        iteration = best.iteration + 1
+        chosen[plan.name] = {"step": step, "radius": radius, "alpha": alpha, "iteration": iteration}
+    reports = []
+    for module, data in fitted:
+        assert module.found is not None
+        for plan_name, choice in chosen.items():
+            module.found["chosen"][plan_name] |= choice
+        with torch.no_grad():
+            found = findings(module.test_step(data.arrays("test"), 0), n_resamples=200)
+        reports.append(summary(found))
+    mean = {
+        attack: {key: average([report[attack][key] for report in reports]) for key in reports[0][attack]}
+        for attack in reports[0]
+    }
+    result = {"attacks": mean, "chosen": chosen, "seconds": time.perf_counter() - started, "folds": reports}
+    write_whole(file, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def summary(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures of the table, by attack."""
+    victim = {"accuracy of the victim": found["victim"]["accuracy"]}
+    auc = {"AUC of the attacked detector": found["judges"]["attacked"]["vanilla_auc"]}
+    rows = {}
+    for name, attack in found["attacks"].items():
+        pooled, panel = attack["attacked"]["published"], attack["panel"]
+        joint = panel["joint_success"]["0.05"]
+        rows[name] = (
+            victim
+            | auc
+            | {
+                "EFF": attack["effectiveness"],
+                "CONC": pooled["concealability"]["f1"],
+                "F": pooled["success"]["f1"],
+                "F two-sided": pooled["success"]["auc_two_sided"],
+                "F panel": panel["success"]["auc_two_sided"] and panel["success"]["auc_two_sided"]["mean"],
+                "joint": joint and joint["mean"],
+                "Linf": attack["norms"]["linf"],
+                "L2": attack["norms"]["l2"],
+            }
+        )
+    return rows
+
+
+def average(values: list[float | None]) -> float | None:
+    """Mean of what is defined; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def table(cells: dict[tuple[str, str], list[dict[str, Any]]]) -> Iterator[str]:
+    """A row for each cell and attack: mean over seeds, and the spread of F."""
+    keys = ["EFF", "CONC", "F two-sided", "F panel", "joint", "Linf", "L2"]
+    yield f"| set | network | attack | F (sd) | {' | '.join(keys)} |"
+    yield "|---" * (4 + len(keys)) + "|"
+    for (name, network), runs in cells.items():
+        for attack in runs[0]["attacks"]:
+            rows = [run["attacks"][attack] for run in runs]
+            values = [average([row[key] for row in rows]) for key in keys]
+            shown = " | ".join("-" if value is None else f"{value:.2f}" for value in values)
+            scores = [row["F"] for row in rows]
+            spread = f" ({np.std(scores, ddof=1):.2f})" if len(scores) > 1 else ""
+            yield f"| {name} | {network} | {attack} | {np.mean(scores):.2f}{spread} | {shown} |"
+
+
+def verdict(cells: dict[tuple[str, str], list[dict[str, Any]]]) -> Iterator[str]:
+    """In how many cells concealment beats the vanilla attack of its family, with an exact interval."""
+    for family in ("ifgsm", "pgd"):
+        for kind in ("sum", "harmonic"):
+            gains = [
+                np.mean([run["attacks"][f"{family} {kind}"]["F"] - run["attacks"][family]["F"] for run in runs])
+                for (name, _), runs in cells.items()
+                if name not in NOT_COUNTED
+            ]
+            if gains:
+                share = binomial_share(sum(gain > 0 for gain in gains), len(gains))
+                yield (
+                    f"- {family} {kind}: ahead of {family} in {share.n_hits} of {share.n} cells ({share.share:.2f} "
+                    f"[{share.low:.2f}, {share.high:.2f}]), mean gain in F {np.mean(gains):+.2f}."
+                )
+
+
+def main() -> None:
+    """Compute what is missing, and print the table of what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/attack_table"))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    wanted = [(name, network, s) for s in options.seeds for name in options.sets for network in options.networks]
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name, network, seed in tqdm(wanted, file=sys.stderr):
+        result = cell(options.folder, options.out, name, network, seed)
+        print(f"{name}, {network}, seed {seed}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
+        cells.setdefault((name, network), []).append(result)
+    print("\n".join([*table(cells), "", *verdict(cells)]))
+
+
+if __name__ == "__main__":
+    main()
