@@ -115,10 +115,10 @@ def discriminators(network: str, n_epochs: int, seed: int) -> list[Discriminator
 
 
 def epochs_of(n_series: int) -> tuple[int, int, int]:
-    """Epochs of classifier and discriminators, and the batch size: about 400 and 600 steps whatever the set."""
+    """Epochs of classifier and discriminators, and the batch size: about 200 and 240 steps whatever the set."""
     batch_size = 16 if n_series < 200 else 64
     per_epoch = max(1, n_series // batch_size)
-    return max(10, 400 // per_epoch), 4 * max(4, 150 // per_epoch), batch_size
+    return max(10, 200 // per_epoch), 4 * max(4, 60 // per_epoch), batch_size
 
 
 def fit(folder: Path, name: str, network: str, seed: int, fold: int) -> tuple[ConcealedAttacker, TimeSeriesDataModule]:

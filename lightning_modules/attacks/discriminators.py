@@ -107,8 +107,10 @@ class DiscriminatorPlan:
     @property
     def architecture(self) -> str:
         """Name of the network's class, for the provenance."""
-        factory = getattr(self.network, "args", None) or (self.network,)
-        return getattr(factory[-1], "__name__", type(factory[-1]).__name__)
+        # The parser and functools.partial wrap the class, one as an argument and the other as the function.
+        wrapped = (*getattr(self.network, "args", ()), getattr(self.network, "func", self.network))
+        named = next((part for part in wrapped if isinstance(part, type)), self.network)
+        return getattr(named, "__name__", type(named).__name__)
 
     @property
     def provenance(self) -> dict[str, str]:

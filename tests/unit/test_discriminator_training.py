@@ -1,5 +1,7 @@
 """Schedules, the bank of adversarial series, and the loss of discriminators."""
 
+import functools
+
 import pytest
 import torch
 
@@ -30,6 +32,15 @@ def test_provenance_names_what_it_is_made_of():
     assert plan_of(seed=7).provenance == {"seed": "7", "architecture": "ResCNN", "training_attacks": "ifgsm"}
     rounds = plan_of(n_rounds=1, round_attack=IFGSM)
     assert rounds.provenance["training_attacks"] == "ifgsm, concealed"
+
+
+def test_provenance_of_a_partial_names_the_class():
+    assert plan_of(network=functools.partial(ResCNN, n_filters=4)).architecture == "ResCNN"
+
+    def small(n_channels, n_classes, n_steps):
+        return ResCNN(n_channels=n_channels, n_classes=n_classes, n_steps=n_steps)
+
+    assert plan_of(network=small).architecture == "small"
 
 
 def test_provenance_through_the_parser_names_the_class():
