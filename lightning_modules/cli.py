@@ -51,6 +51,8 @@ _IRRELEVANT = (
     "The dirpath has changed from",
     # a resumed run goes on in its own folder
     "Checkpoint directory .* exists and is not empty",
+    # a victim that is attacked, not trained
+    "Found .* in eval mode at the start of training",
     # tslearn would save models with it
     "(?s)h5py not installed",
     # lightning 2.6 against the newer pytree of torch 2.13

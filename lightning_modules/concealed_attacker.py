@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_modules.attacks.campaign import choose, cross_fitted, fit_panel, fresh_panel, judged, run_chosen
 from lightning_modules.attacks.class_losses import cross_entropy, decisions
 from lightning_modules.attacks.discriminators import AdversarialBank, AttackPlan, DiscriminatorPlan, detection_loss
-from lightning_modules.attacks.frozen_networks import call, confidence, logits_of
+from lightning_modules.attacks.frozen_networks import call, confidence, logits_of, takes_mask
 from lightning_modules.attacks.judges import FittedJudge, Judge, NetworkJudge, check_disjoint
 from lightning_modules.attacks.study import AdversarialSeries, AttackStudy, Role
 from lightning_modules.attacks.victims import check_logits, load_victim
@@ -126,7 +126,7 @@ class ConcealedAttacker(LightningModule):
         check_disjoint(self._network_judges("attacked"), self._network_judges("held_out"))
         self._banks: dict[str, AdversarialBank] = {}
         self._clean: dict[str, dict[str, Tensor]] = {}
-        self._snapshots: dict[tuple[int, int], list[nn.Module]] = {}
+        self._snapshots: dict[str, list[nn.Module]] = {}
         self._validation: list[dict[str, Any]] = []
         # What the end of a fit finds: tensors, numbers, strings.
         self.found: dict[str, Any] | None = None
@@ -154,7 +154,7 @@ class ConcealedAttacker(LightningModule):
 
     def _network_judges(self, role: str | None = None, copy: int = 0) -> list[NetworkJudge]:
         return [
-            NetworkJudge(self._copies(number)[copy], plan.name, plan.provenance)
+            NetworkJudge(self._copies(number)[copy], plan.name, plan.provenance(self._copies(number)[0]))
             for number, plan in enumerate(self.plans)
             if role in (None, plan.role)
         ]
@@ -163,17 +163,31 @@ class ConcealedAttacker(LightningModule):
         return fresh_panel(self.is_z_normed) if self.fitted_judges else []
 
     def forward(self, series: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits of the classifier."""
+        """Logits of the classifier.
+
+        Raises:
+            ValueError: If it takes no mask and the series are padded.
+        """
+        if mask is not None and not takes_mask(self.classifier) and not bool(mask.all()):
+            raise ValueError("the classifier takes no mask, but series of this batch are padded")
         return call(self.classifier, series, mask)
 
     # Fit
 
     def on_fit_start(self) -> None:
-        """See that the epochs of the trainer are those of the plans.
+        """See that the trainer fits the plans, and forget an earlier fit.
 
         Raises:
-            ValueError: If they are not.
+            ValueError: If epochs or validation do not suit, or there are several processes.
         """
+        if self.trainer.world_size > 1:
+            raise ValueError(f"ConcealedAttacker is fitted by one process, got {self.trainer.world_size}")
+        if self.trainer.check_val_every_n_epoch != 1:
+            raise ValueError(
+                f"check_val_every_n_epoch must be 1, attacks are chosen in the last epoch, got "
+                f"{self.trainer.check_val_every_n_epoch}"
+            )
+        self._banks, self._clean, self.found = {}, {}, None
         wanted = self.classifier_epochs + self.discriminator_epochs
         if self.trainer.max_epochs != wanted:
             raise ValueError(
@@ -181,10 +195,28 @@ class ConcealedAttacker(LightningModule):
                 f"{self.discriminator_epochs} of the longest discriminator plan, got {self.trainer.max_epochs}"
             )
 
+    def on_train_start(self) -> None:
+        """See that there are series to choose attacks by.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not self.trainer.val_dataloaders or not self.trainer.limit_val_batches:
+            raise ValueError(
+                "attacks are chosen on validation series, there are none (data.init_args.validation_fraction)"
+            )
+
     def on_train_epoch_start(self) -> None:
-        """The classifier is frozen once discriminators train; fixed weights mean fixed statistics, too."""
-        if self._discriminator_epoch >= 0:
-            self.classifier.eval()
+        """Freeze the classifier, statistics too, once discriminators train; remember them where a round begins."""
+        epoch = self._discriminator_epoch
+        if epoch < 0:
+            return
+        self.classifier.eval()
+        for number, plan in enumerate(self.plans):
+            level = plan.level_at(epoch)
+            if epoch == level * plan.epochs_per_level and plan.levels[level].concealed:
+                # As they are when the level begins: the discriminators answer to what was made against them.
+                self._snapshots[f"{number}/{level}"] = [deepcopy(network) for network in self.attacked_networks()]
 
     @property
     def _discriminator_epoch(self) -> int:
@@ -215,11 +247,7 @@ class ConcealedAttacker(LightningModule):
         assert attack is not None
         detectors: list[nn.Module] = []
         if stage.concealed:
-            # As they are when the level begins: the discriminators answer to what was made against them.
-            key = (number, level)
-            if key not in self._snapshots:
-                self._snapshots = {key: [deepcopy(network) for network in self.attacked_networks()]}
-            detectors = self._snapshots[key]
+            detectors = self._snapshots[f"{number}/{level}"]
         result = attack(
             self.classifier,
             clean["series"][rows].to(self.device),
@@ -230,18 +258,20 @@ class ConcealedAttacker(LightningModule):
             generator=plan.seed,
             batch_size=None if attack.couples_batch else 1024,
             step=stage.strength if attack.projection is None else None,
-            radius=None if attack.projection is None else stage.strength,
+            radius=stage.strength if attack.projection is not None else None,
         )
         return result.x_adv
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """A step of the classifier, or of every discriminator and its copies."""
-        optimizers: Any = self.optimizers()
+        optimizers: Any = self.optimizers(use_pl_optimizer=True)
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         self._remember("train", batch)
         if self._discriminator_epoch < 0:
             loss = cross_entropy(self(batch["series"], batch["mask"]), batch["labels"]).mean()
             self._step(optimizers[0], loss)
         else:
+            first = 1 if self.classifier_epochs else 0  # a victim has no optimiser
             losses = []
             for number, plan in enumerate(self.plans):
                 if self._discriminator_epoch >= plan.n_epochs:
@@ -250,12 +280,12 @@ class ConcealedAttacker(LightningModule):
                 adversarial = self._bank("train", number).sample(level, batch["index"], plan.replay)
                 for copy, network in enumerate(self._copies(number)):
                     kept = batch["labels"] >= 0 if copy == 0 else self._folds(batch["index"]) != copy - 1
-                    if int(kept.sum()) < 2:  # batch normalisation has no statistics of one series
+                    if not bool(kept.any()):
                         continue
                     both = torch.cat([batch["series"][kept], adversarial[kept]])
                     mask = batch["mask"][kept].repeat(2, 1)
                     loss = detection_loss(*call(network, both, mask).chunk(2))
-                    self._step(optimizers[1 + number * (1 + self.n_folds) + copy], loss)
+                    self._step(optimizers[first + number * (1 + self.n_folds) + copy], loss)
                     if copy == 0:
                         losses.append(loss.detach())
             loss = torch.stack(losses).mean()
@@ -313,7 +343,15 @@ class ConcealedAttacker(LightningModule):
         clean = {key: torch.cat([part[key] for part in self._validation]) for key in self._validation[0]}
         attacked = self._network_judges("attacked")
         chosen = {
-            plan.name: choose(plan, self.classifier, attacked, clean, n_classes=self.n_classes, max_rows=self.max_rows)
+            plan.name: choose(
+                plan,
+                self.classifier,
+                attacked,
+                clean,
+                n_classes=self.n_classes,
+                seed=_seed(),
+                max_rows=self.max_rows,
+            )
             for plan in self.attacks
         }
         for name, choice in chosen.items():
@@ -344,7 +382,10 @@ class ConcealedAttacker(LightningModule):
 
     def _folds(self, rows: Tensor) -> Tensor:
         """Fold of each training series; its copy of a discriminator is number fold + 1, and never sees it."""
-        return rows % self.n_folds
+        # By lot, the same in every epoch: a file may be in an order of its own.
+        n_series = len(self._clean["train"]["labels"])
+        shuffled = torch.randperm(n_series, generator=torch.Generator().manual_seed(0)).to(rows.device)
+        return shuffled[rows] % self.n_folds
 
     # Test and predict
 
@@ -378,7 +419,7 @@ class ConcealedAttacker(LightningModule):
             batch,
             class_names=self.class_names,
             saturation=found["saturation"],
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what seed_everything was called with
+            seed=_seed(),
             max_rows=self.max_rows,
         )
 
@@ -386,7 +427,9 @@ class ConcealedAttacker(LightningModule):
         """Adversarial series of the attack ``predict_attack``, with their course."""
         (plan,) = [plan for plan in self.attacks if plan.name == self.predict_attack]
         choice = self._fitted()["chosen"][plan.name]
-        result = run_chosen(plan, choice, self.classifier, self.attacked_networks(), batch, max_rows=self.max_rows)
+        result = run_chosen(
+            plan, choice, self.classifier, self.attacked_networks(), batch, seed=_seed(), max_rows=self.max_rows
+        )
         return AdversarialSeries(
             attack=plan.name,
             index=batch["index"],
@@ -402,23 +445,40 @@ class ConcealedAttacker(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the fit found: tensors, numbers, strings."""
         checkpoint["series_facts"], checkpoint["found"] = self.facts, self.found
+        checkpoint["plans"] = self._names()
+        checkpoint["snapshots"] = {
+            key: [network.state_dict() for network in networks] for key, networks in self._snapshots.items()
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what a fit found.
 
         Raises:
-            ValueError: If it was trained on series of other channels, classes or steps.
+            ValueError: If it was trained on series of other channels, classes or steps, or with other plans.
         """
         trained = checkpoint.get("series_facts", self.facts)
         for name, value in self.facts.items():
             if trained[name] != value:
                 raise ValueError(f"checkpoint was trained with {name} {trained[name]}, the data here has {value}")
+        if checkpoint.get("plans", self._names()) != self._names():
+            raise ValueError(f"checkpoint holds {checkpoint['plans']}, the config here names {self._names()}")
         self.found = checkpoint.get("found")
+        self._snapshots = {}
+        for key, states in checkpoint.get("snapshots", {}).items():
+            self._snapshots[key] = [deepcopy(network) for network in self.attacked_networks()]
+            for network, state in zip(self._snapshots[key], states, strict=True):
+                network.load_state_dict(state)
+
+    def _names(self) -> dict[str, list[str]]:
+        return {"discriminators": [plan.name for plan in self.plans], "attacks": [plan.name for plan in self.attacks]}
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The classifier's, then one for each discriminator and copy."""
+        """The classifier's unless it is a victim, then one for each discriminator and copy."""
         copies = [network for number in range(len(self.plans)) for network in self._copies(number)]
-        return [
-            self.classifier_optimizer(self.classifier.parameters()),
-            *(self.discriminator_optimizer(network.parameters()) for network in copies),
-        ]
+        of_classifier = [self.classifier_optimizer(self.classifier.parameters())] if self.classifier_epochs else []
+        return of_classifier + [self.discriminator_optimizer(network.parameters()) for network in copies]
+
+
+def _seed() -> int:
+    """What ``seed_everything`` was called with."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))

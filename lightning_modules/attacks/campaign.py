@@ -65,6 +65,7 @@ def choose(
     clean: Series,
     *,
     n_classes: int,
+    seed: int = 0,
     max_rows: int = 4096,
 ) -> dict[str, Any]:
     """Run the grid of an attack on validation series, and choose a configuration and an iteration.
@@ -75,6 +76,7 @@ def choose(
         detectors: The attacked ones.
         clean: Validation series.
         n_classes: K.
+        seed: Of attacks that draw.
         max_rows: Series times configurations in memory at a time.
 
     Returns:
@@ -100,7 +102,7 @@ def choose(
         mask=clean["mask"],
         index=clean["index"],
         detectors=networks,
-        generator=0,
+        generator=seed,
         max_rows=max_rows,
     )
     predicted = decisions(result.logits.flatten(0, 2)).unflatten(0, result.logits.shape[:3])
@@ -139,9 +141,10 @@ def run_chosen(
     detectors: Sequence[Network],
     series: Series,
     *,
+    seed: int = 0,
     max_rows: int = 4096,
 ) -> AttackResult:
-    """Run an attack under the configuration that :func:`choose` gave."""
+    """Run an attack under the configuration that :func:`choose` gave, with the same seed."""
     attack = _scaled(plan.attack, choice["scales"])
     strengths = {axis: choice[axis] for axis in ("step", "radius", "alpha") if choice[axis] is not None}
     return attack(
@@ -151,7 +154,7 @@ def run_chosen(
         mask=series["mask"],
         index=series["index"],
         detectors=detectors,
-        generator=0,
+        generator=seed,
         stop=choice["iteration"],
         batch_size=None if attack.couples_batch else max_rows,
         **strengths,
@@ -208,7 +211,7 @@ def judged(
         series: Test series.
         class_names: K names.
         saturation: Median |logit| of the victim on clean validation series.
-        seed: Of the run, for the record.
+        seed: Of the run.
         max_rows: Series in memory at a time.
     """
     clean, mask = series["series"], series["mask"]
@@ -227,7 +230,9 @@ def judged(
     for plan in plans:
         choice = choices[plan.name]
         started = time.perf_counter()
-        result = run_chosen(plan, choice, classifier, detectors, series, max_rows=max_rows)
+        result = run_chosen(plan, choice, classifier, detectors, series, seed=seed, max_rows=max_rows)
+        if clean.is_cuda:
+            torch.cuda.synchronize(clean.device)
         seconds = time.perf_counter() - started
         chosen.append(
             ChosenAttack(

@@ -1,9 +1,9 @@
 """Training of discriminators: which adversarial series they see when.
 
 A discriminator begins against a strong, easily seen attack that weakens in stages; every ``epochs_per_level`` epochs
-the strength is multiplied by ``gamma`` and the adversarial series are made anew. Three things go beyond the released
-procedure: earlier levels can be replayed, so that late stages do not forget strong attacks; rounds of a concealed
-attack against the discriminators as they are can follow; and the strengths of a level can be any list.
+the strength is multiplied by ``gamma`` and the adversarial series are made anew. Two things go beyond the released
+procedure: earlier levels can be replayed, so that late stages do not forget strong attacks; and rounds of a concealed
+attack against the discriminators as they are can follow.
 Source: spec of arXiv 2502.20948, section 6.
 
 n training series, T steps, C channels, L levels.
@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.attacks.engine import Attack
+from lightning_modules.attacks.grid import grid_points
+from lightning_modules.attacks.steppers import PGDStep
 from lightning_modules.attacks.study import Role
 from lightning_modules.networks import NetworkFactory
 
@@ -25,11 +27,11 @@ class Level:
     """One stage of training.
 
     Attributes:
-        strength: Step of an attack without a ball, else its radius.
+        strength: Step of an attack without a ball, else its radius; None keeps the attack's own.
         concealed: Whether the series come from the concealed attack of a round, made against the discriminators.
     """
 
-    strength: float
+    strength: float | None
     concealed: bool
 
 
@@ -48,11 +50,12 @@ class DiscriminatorPlan:
         epochs_per_level: Epochs of a level, at least 1.
         replay: Probability, in 0..1, that a series is shown at a level drawn from all so far instead of the present.
         n_rounds: Further levels, with series of ``round_attack`` against the attacked discriminators as they then are.
-        round_attack: A concealed attack; needed with ``n_rounds``.
+        round_attack: A concealed attack with strengths of its own; needed with ``n_rounds``.
         seed: Of its weights.
 
     Raises:
-        ValueError: If a number is out of range, or there are rounds without an attack.
+        ValueError: If a number is out of range, there are rounds without an attack, or the vanilla attack reads
+            detectors, aims at classes or has a step that would not follow the radius of its ball.
     """
 
     def __init__(
@@ -86,6 +89,13 @@ class DiscriminatorPlan:
                 f"discriminator {name!r} needs start above 0, gamma in (0, 1] and replay in 0..1, got {start}, {gamma} "
                 f"and {replay}"
             )
+        if attack.hides() or attack.targeted:
+            raise ValueError(f"attack of discriminator {name!r} must be vanilla and untargeted, give others to rounds")
+        if attack.projection is not None and attack.stepper.ball is None:
+            raise ValueError(
+                f"attack of discriminator {name!r}: with a ball the schedule sets its radius, which the step must "
+                f"follow: PGDStep or APGD, got {type(attack.stepper).__name__}"
+            )
         if n_rounds and round_attack is None:
             raise ValueError(f"n_rounds {n_rounds} of discriminator {name!r} need a round_attack, got none")
         self.name, self.network, self.role = name, network, role
@@ -93,7 +103,7 @@ class DiscriminatorPlan:
         self.training_attacks = training_attacks
         self.epochs_per_level, self.replay, self.seed = epochs_per_level, replay, seed
         vanilla = [Level(start * gamma**level, concealed=False) for level in range(n_levels)]
-        self.levels = (*vanilla, *[Level(vanilla[-1].strength, concealed=True)] * n_rounds)
+        self.levels = (*vanilla, *[Level(None, concealed=True)] * n_rounds)
 
     @property
     def n_epochs(self) -> int:
@@ -104,19 +114,16 @@ class DiscriminatorPlan:
         """Number of the level in epoch 0, 1, ...; the last one afterwards."""
         return min(epoch // self.epochs_per_level, len(self.levels) - 1)
 
-    @property
-    def architecture(self) -> str:
-        """Name of the network's class, for the provenance."""
-        # The parser and functools.partial wrap the class, one as an argument and the other as the function.
-        wrapped = (*getattr(self.network, "args", ()), getattr(self.network, "func", self.network))
-        named = next((part for part in wrapped if isinstance(part, type)), self.network)
-        return getattr(named, "__name__", type(named).__name__)
+    def provenance(self, network: nn.Module) -> dict[str, str]:
+        """Seed, architecture and training attacks of a network that was made by this plan.
 
-    @property
-    def provenance(self) -> dict[str, str]:
-        """Seed, architecture and training attacks."""
-        attacks = self.training_attacks + (", concealed" if any(level.concealed for level in self.levels) else "")
-        return {"seed": str(self.seed), "architecture": self.architecture, "training_attacks": attacks}
+        Beside its given name an attack is listed by its parts, so that the same one under two names is the same.
+        """
+        parts = (self.attack.objective, self.attack.stepper, self.attack.projection)
+        made_of = " ".join(type(part).__name__ for part in parts if part is not None)
+        attacks = [self.training_attacks, made_of, *["concealed"] * any(level.concealed for level in self.levels)]
+        architecture = type(network).__name__
+        return {"seed": str(self.seed), "architecture": architecture, "training_attacks": ", ".join(attacks)}
 
 
 class AdversarialBank:
@@ -186,7 +193,9 @@ class AttackPlan:
         calibrate: Whether the objective divides logits by their median absolute clean value on validation.
 
     Raises:
-        ValueError: If an axis has no place in the attack or holds a value that is not above 0.
+        ValueError: If an axis has no place in the attack, holds a value twice or one that is not above 0; a step or a
+            radius is nowhere given; the attack aims at classes, keeps its best iterate or couples the series of a
+            batch.
     """
 
     def __init__(
@@ -207,5 +216,20 @@ class AttackPlan:
             raise ValueError(f"radii of attack {name!r} need a projection, it has none")
         if alphas and not hasattr(attack.objective, "alpha"):
             raise ValueError(f"alphas of attack {name!r}: {type(attack.objective).__name__} has no alpha")
+        if attack.targeted or attack.keep == "best" or attack.couples_batch:
+            raise ValueError(
+                f"attack {name!r} must be untargeted, keep its last iterate and not couple the series of a batch: the "
+                "iterate is chosen by number, for all series alike"
+            )
+        own_step = isinstance(attack.stepper, PGDStep)
+        if own_step and steps:
+            raise ValueError(f"steps of attack {name!r}: PGDStep takes its step from the radius, give radii")
+        if not own_step and attack.stepper.uses_gradient and not steps and attack.stepper.step is None:
+            raise ValueError(f"attack {name!r} needs a step: give steps, or one to {type(attack.stepper).__name__}")
+        if attack.projection is not None and not radii and attack.projection.radius is None:
+            raise ValueError(
+                f"attack {name!r} needs a radius: give radii, or one to {type(attack.projection).__name__}"
+            )
+        grid_points(steps=steps, radii=radii, alphas=alphas)  # refuses what occurs twice
         self.name, self.family, self.attack, self.calibrate = name, family, attack, calibrate
         self.steps, self.radii, self.alphas = tuple(steps), tuple(radii), tuple(alphas)

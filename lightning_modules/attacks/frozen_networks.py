@@ -62,7 +62,7 @@ def frozen(networks: Iterable[Network], device: torch.device) -> Iterator[None]:
             undo.enter_context(torch.backends.cudnn.flags(enabled=False))
         for module in modules:
             # set flag by flag: train() and eval() may be overridden to do more, such as merging weights
-            if module.training:
+            if getattr(module, "training", False):  # a frozen TorchScript module has no such flag
                 undo.callback(setattr, module, "training", True)
                 module.training = False
             for parameter in module.parameters(recurse=False):

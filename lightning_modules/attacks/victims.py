@@ -95,14 +95,39 @@ class Victim(nn.Module):
         self, network: Network, preprocessing: Callable[[Tensor], Tensor] | None = None, *, channels_first: bool = False
     ) -> None:
         super().__init__()
-        self.network = network
+        # A program is no child: it lacks the flags that everybody asks children for, or refuses to have them set.
+        self._program = (network,) if _is_program(network) else ()
+        self._network = None if self._program else network
+        if isinstance(self._network, nn.Module):
+            self._network.eval()
         self.preprocessing = preprocessing
         self.channels_first = channels_first
+
+    @property
+    def network(self) -> Network:
+        """The network as it was given."""
+        found = self._program[0] if self._program else self._network
+        assert found is not None
+        return found
+
+    def train(self, mode: bool = True) -> "Victim":
+        """Nothing: a victim stays in evaluation mode."""
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Victim":
+        for program in self._program:
+            if isinstance(program, nn.Module):
+                program._apply(fn)
+        return super()._apply(fn, recurse)
 
     def forward(self, series: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits ``(B, 1)`` or ``(B, K)``; the mask goes to networks that take one."""
         prepared = series if self.preprocessing is None else self.preprocessing(series)
         return call(self.network, prepared.transpose(1, 2) if self.channels_first else prepared, mask)
+
+
+def _is_program(network: Network) -> bool:
+    return isinstance(network, torch.jit.ScriptModule | torch.fx.GraphModule)
 
 
 def load_victim(
@@ -111,7 +136,7 @@ def load_victim(
     init_args: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
     program: str | Path | None = None,
-    preprocessing: Callable[[Tensor], Tensor] | None = None,
+    preprocessing: Callable[[Tensor], Tensor] | str | None = None,
     channels_first: bool = False,
     probe: Tensor | None = None,
 ) -> Victim:
@@ -123,7 +148,7 @@ def load_victim(
         weights: File of its ``state_dict``, or of a checkpoint with one under ``"state_dict"`` or ``"model"``; read
             with ``weights_only``, so that the file cannot run code.
         program: File of ``torch.export`` (``.pt2``) or of TorchScript (any other ending), in place of a class.
-        preprocessing: See :class:`Victim`.
+        preprocessing: See :class:`Victim`; or the import path of such a function.
         channels_first: See :class:`Victim`.
         probe: ``(B, T, C) float`` series on which the outputs are checked for probabilities and for their shape.
 
@@ -142,6 +167,8 @@ def load_victim(
         network = _instance(class_path, init_args or {})
         if weights is not None:
             _load_weights(network, Path(weights))
+    if isinstance(preprocessing, str):
+        preprocessing = _imported(preprocessing)
     victim = Victim(network, preprocessing, channels_first=channels_first)
     if probe is not None:
         check_logits(victim, probe)
@@ -186,6 +213,17 @@ def _instance(class_path: str, init_args: Mapping[str, Any]) -> nn.Module:
         return found(**init_args)
     except TypeError as error:
         raise ValueError(f"{class_path} does not take init_args {dict(init_args)}: {error}") from error
+
+
+def _imported(path: str) -> Callable[[Tensor], Tensor]:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"preprocessing must be the import path of a function, got {path!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"preprocessing must be the import path of a function, got {path!r}")
+    return found
 
 
 def _existing(path: Path) -> Path:

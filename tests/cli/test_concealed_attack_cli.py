@@ -74,7 +74,8 @@ def test_fit_test_predict_on_the_bundled_set(seqlit, config, tmp_path):
 
 
 def test_variable_length_and_channels_from_a_folder(seqlit, config, tmp_path):
-    synthetic_series(64, 30, n_steps=30, n_channels=2, noise=0.4, seed=1).write(tmp_path / "ucr", "Toy", ".ts")
+    drawn = synthetic_series(64, 30, n_steps=30, n_channels=2, noise=0.4, variable_length=True, seed=1)
+    drawn.write(tmp_path / "ucr", "Toy", ".ts")
     path = config(name="Toy", folder=str(tmp_path / "ucr"), validation_fraction=0.25)
     for command in ("fit", "test"):
         status, _, err = seqlit(command, "--config", path)

@@ -1,11 +1,9 @@
 """Schedules, the bank of adversarial series, and the loss of discriminators."""
 
-import functools
-
 import pytest
 import torch
 
-from lightning_modules.attacks import Attack, Linf, PGDStep, SignStep, SumReg, Vanilla
+from lightning_modules.attacks import Attack, HarmonicReg, Linf, PGDStep, SignStep, SumReg, Vanilla
 from lightning_modules.attacks.discriminators import AdversarialBank, AttackPlan, DiscriminatorPlan, detection_loss
 from lightning_modules.networks import ResCNN
 
@@ -22,49 +20,18 @@ def test_levels_weaken_by_gamma_and_rounds_follow():
     plan = plan_of(
         start=0.4, gamma=0.5, n_levels=3, epochs_per_level=4, n_rounds=2, round_attack=Attack(SumReg(), SignStep())
     )
-    assert [level.strength for level in plan.levels] == [0.4, 0.2, 0.1, 0.1, 0.1]
+    assert [level.strength for level in plan.levels] == [0.4, 0.2, 0.1, None, None], "rounds have their own strength"
     assert [level.concealed for level in plan.levels] == [False, False, False, True, True]
     assert plan.n_epochs == 20
     assert [plan.level_at(epoch) for epoch in (0, 3, 4, 11, 12, 19, 50)] == [0, 0, 1, 2, 3, 4, 4]
 
 
 def test_provenance_names_what_it_is_made_of():
-    assert plan_of(seed=7).provenance == {"seed": "7", "architecture": "ResCNN", "training_attacks": "ifgsm"}
-    rounds = plan_of(n_rounds=1, round_attack=IFGSM)
-    assert rounds.provenance["training_attacks"] == "ifgsm, concealed"
-
-
-def test_provenance_of_a_partial_names_the_class():
-    assert plan_of(network=functools.partial(ResCNN, n_filters=4)).architecture == "ResCNN"
-
-    def small(n_channels, n_classes, n_steps):
-        return ResCNN(n_channels=n_channels, n_classes=n_classes, n_steps=n_steps)
-
-    assert plan_of(network=small).architecture == "small"
-
-
-def test_provenance_through_the_parser_names_the_class():
-    """YAML gives a factory, not a class."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser()
-    parser.add_argument("--plan", type=DiscriminatorPlan)
-    attack = {"class_path": "lightning_modules.attacks.Attack", "init_args": {}}
-    attack["init_args"] = {
-        "objective": {"class_path": "lightning_modules.attacks.objectives.Vanilla"},
-        "stepper": {"class_path": "lightning_modules.attacks.SignStep"},
-    }
-    import lightning_modules.cli  # noqa: F401 - its parser takes dataclasses with subclasses
-
-    arguments = {
-        "name": "d",
-        "training_attacks": "ifgsm",
-        "attack": attack,
-        "network": {"class_path": "lightning_modules.networks.S4"},
-    }
-    given = {"class_path": "lightning_modules.attacks.discriminators.DiscriminatorPlan", "init_args": arguments}
-    plan = parser.instantiate_classes(parser.parse_object({"plan": given})).plan
-    assert plan.provenance["architecture"] == "S4"
+    network = ResCNN(n_channels=1, n_classes=2, n_steps=20, n_filters=2)
+    expected = {"seed": "7", "architecture": "ResCNN", "training_attacks": "ifgsm, Vanilla SignStep"}
+    assert plan_of(seed=7).provenance(network) == expected
+    rounds = plan_of(n_rounds=1, round_attack=Attack(SumReg(), SignStep()))
+    assert rounds.provenance(network)["training_attacks"] == "ifgsm, Vanilla SignStep, concealed"
 
 
 def test_the_bank_makes_every_series_once_and_replays_earlier_levels():
@@ -107,6 +74,8 @@ def test_loss_weighs_clean_and_adversarial_alike():
         ({"gamma": 1.5}, "gamma in"),
         ({"start": 0.0}, "start above 0"),
         ({"n_rounds": 1}, "n_rounds 1 of discriminator 'd' need a round_attack, got none"),
+        ({"attack": Attack(SumReg(), SignStep())}, "must be vanilla and untargeted"),
+        ({"attack": Attack(Vanilla(), SignStep(0.1), projection=Linf())}, "which the step must follow"),
     ],
 )
 def test_wrong_plans_end_in_one_line(settings, message):
@@ -120,6 +89,16 @@ def test_wrong_plans_end_in_one_line(settings, message):
         ({"steps": [0.1, 0.0]}, "steps of attack 'a' must be above 0"),
         ({"radii": [0.1]}, "radii of attack 'a' need a projection, it has none"),
         ({"alphas": [0.1]}, "alphas of attack 'a': Vanilla has no alpha"),
+        ({}, "attack 'a' needs a step: give steps, or one to SignStep"),
+        ({"steps": [0.1, 0.1]}, "steps must differ from each other"),
+        (
+            {"attack": Attack(Vanilla(), PGDStep(), projection=Linf(0.1)), "steps": [0.1]},
+            "takes its step from the radius",
+        ),
+        ({"attack": Attack(Vanilla(), PGDStep(), projection=Linf())}, "attack 'a' needs a radius: give radii"),
+        ({"attack": Attack(Vanilla(), SignStep(0.1), keep="best")}, "must be untargeted, keep its last iterate"),
+        ({"attack": Attack(Vanilla(), SignStep(0.1), targeted=True)}, "must be untargeted"),
+        ({"attack": Attack(HarmonicReg(coupling="batch"), SignStep(0.1))}, "not couple the series of a batch"),
     ],
 )
 def test_wrong_grids_end_in_one_line(settings, message):
