@@ -32,11 +32,12 @@ def _adam(params: Any) -> torch.optim.Optimizer:
 class ConcealedAttacker(LightningModule):
     """Train a classifier and discriminators of its attacks, choose attacks on validation, and judge them on test.
 
-    ``fit`` trains the classifier (unless a victim is given), then every discriminator by its plan against the frozen
-    classifier, and in its last epoch runs the grid of every attack on the validation series and chooses one
-    configuration and iteration for each: the largest harmonic mean of effectiveness and concealability (F1 form,
-    attacked discriminators), ties to the smaller step. ``test`` runs the chosen attacks and has them judged;
-    ``predict`` writes adversarial series of one of them. Batches are those of ``TimeSeriesDataModule``.
+    ``fit`` trains the classifier (unless a victim is given) and keeps its epoch of least ``val/loss``, then every
+    discriminator by its plan against the frozen classifier. In its last epoch it runs the grid of every attack on the
+    validation series and chooses one configuration and iteration for each: the largest harmonic mean of effectiveness
+    and concealability (F1 form, attacked discriminators), ties to the smaller step. ``test`` runs the chosen attacks
+    and has them judged; ``predict`` writes adversarial series of one of them. Batches are those of
+    ``TimeSeriesDataModule``.
 
     Thresholds of detectors are calibrated on clean *training* series, each scored by a copy of the detector that was
     trained without it (``n_folds`` copies): series that trained neither this copy nor the choice of attacks.
@@ -128,6 +129,7 @@ class ConcealedAttacker(LightningModule):
         self._clean: dict[str, dict[str, Tensor]] = {}
         self._snapshots: dict[str, list[nn.Module]] = {}
         self._validation: list[dict[str, Any]] = []
+        self._best_classifier: tuple[float, dict[str, Tensor]] | None = None
         # What the end of a fit finds: tensors, numbers, strings.
         self.found: dict[str, Any] | None = None
 
@@ -188,6 +190,8 @@ class ConcealedAttacker(LightningModule):
                 f"{self.trainer.check_val_every_n_epoch}"
             )
         self._banks, self._clean, self.found = {}, {}, None
+        if self.current_epoch == 0:
+            self._best_classifier = None
         wanted = self.classifier_epochs + self.discriminator_epochs
         if self.trainer.max_epochs != wanted:
             raise ValueError(
@@ -211,6 +215,8 @@ class ConcealedAttacker(LightningModule):
         epoch = self._discriminator_epoch
         if epoch < 0:
             return
+        if epoch == 0 and self._best_classifier is not None:
+            self.classifier.load_state_dict(self._best_classifier[1])
         self.classifier.eval()
         for number, plan in enumerate(self.plans):
             level = plan.level_at(epoch)
@@ -337,7 +343,11 @@ class ConcealedAttacker(LightningModule):
         return self._discriminator_epoch == self.discriminator_epochs - 1
 
     def on_validation_epoch_end(self) -> None:
-        """In the last epoch: choose the attacks, fit the judges, calibrate."""
+        """Keep the best classifier; in the last epoch choose the attacks, fit the judges, calibrate."""
+        if self._discriminator_epoch < 0 and "val/loss" in self.trainer.callback_metrics:
+            loss = float(self.trainer.callback_metrics["val/loss"])
+            if self._best_classifier is None or loss < self._best_classifier[0]:
+                self._best_classifier = (loss, deepcopy(self.classifier.state_dict()))
         if not self._validation:
             return
         clean = {key: torch.cat([part[key] for part in self._validation]) for key in self._validation[0]}
@@ -446,6 +456,7 @@ class ConcealedAttacker(LightningModule):
         """Keep what the fit found: tensors, numbers, strings."""
         checkpoint["series_facts"], checkpoint["found"] = self.facts, self.found
         checkpoint["plans"] = self._names()
+        checkpoint["best_classifier"] = self._best_classifier
         checkpoint["snapshots"] = {
             key: [network.state_dict() for network in networks] for key, networks in self._snapshots.items()
         }
@@ -463,6 +474,7 @@ class ConcealedAttacker(LightningModule):
         if checkpoint.get("plans", self._names()) != self._names():
             raise ValueError(f"checkpoint holds {checkpoint['plans']}, the config here names {self._names()}")
         self.found = checkpoint.get("found")
+        self._best_classifier = checkpoint.get("best_classifier")
         self._snapshots = {}
         for key, states in checkpoint.get("snapshots", {}).items():
             self._snapshots[key] = [deepcopy(network) for network in self.attacked_networks()]

@@ -350,3 +350,23 @@ def _twin(**change):
 def test_wrong_settings_end_in_one_line(settings, message):
     with pytest.raises(ValueError, match=message):
         attacker(**settings)
+
+
+def test_the_best_classifier_is_attacked(folder):
+    """Not that of the last epoch, which on few series is often a bad one."""
+
+    class Losses(Callback):
+        def __init__(self):
+            self.kept = []
+
+        def on_validation_end(self, trainer, pl_module):
+            if trainer.current_epoch < pl_module.classifier_epochs:
+                state = {name: value.clone() for name, value in pl_module.classifier.state_dict().items()}
+                self.kept.append((trainer.callback_metrics["val/loss"].item(), state))
+
+    losses = Losses()
+    module, *_ = fitted(folder, callbacks=[losses], n_folds=0, fitted_judges=False)
+    assert len(losses.kept) == 6
+    best = min(losses.kept, key=lambda pair: pair[0])[1]
+    for name, value in module.classifier.state_dict().items():
+        assert torch.equal(value, best[name]), name
