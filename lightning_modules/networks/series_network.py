@@ -5,6 +5,7 @@ there ended in a sigmoid, here all return logits.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -41,7 +42,7 @@ def require_probability(dropout: float) -> None:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
 
 
-class SeriesNetwork(nn.Module):
+class SeriesNetwork(nn.Module, ABC):
     """Logits of a batch of series; classifier and discriminator alike.
 
     ``forward(series (B, T, C), mask (B, T) bool or None) -> (B, 1)`` for two classes, the logit of class 1, and
@@ -99,9 +100,9 @@ class SeriesNetwork(nn.Module):
             series = series.masked_fill(~mask.unsqueeze(-1), 0.0)
         return self.logits(series, mask)
 
+    @abstractmethod
     def logits(self, series: Tensor, mask: Tensor | None) -> Tensor:
         """Logits of checked series whose padded steps are zero."""
-        raise NotImplementedError
 
 
 def last_valid_step(mask: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 A stocks, N bars of one degree over all stocks, D width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,7 +21,7 @@ QUANTILES = (0.005, 0.995)
 """Of the training bars, where shared axes end: one outlier would stretch an axis until the rest share a few nodes."""
 
 
-class DiagramVectoriser(TransformerMixin, BaseEstimator):
+class DiagramVectoriser(TransformerMixin, BaseEstimator, ABC):
     """What the vectorisers share: degrees, axes laid out by ``fit``, and a state without pickled objects.
 
     Attributes:
@@ -89,9 +90,9 @@ class DiagramVectoriser(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return np.hstack([self._rows(Bars.of(X, degree), place) for place, degree in enumerate(self.degrees)])
 
+    @abstractmethod
     def _rows(self, bars: Bars, place: int) -> Array:
         """Rows of the degree at ``place``."""
-        raise NotImplementedError
 
     def _ends(self, bars: Bars, place: int, axis: int = 0) -> tuple[Array, Array]:
         """First and last node of each stock, ``(A,)``, or ``(1,)`` where all have the same."""

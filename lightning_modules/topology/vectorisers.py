@@ -5,6 +5,7 @@ that a column means the same radius for every stock (``grid="shared"``); with ``
 stock has axes of its own. A diagram without bars gives a row of zeros. Source: spec of arXiv 2308.07944, section 3.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -127,8 +128,9 @@ class _Curve(DiagramVectoriser):
         nodes = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, self.n_bins)
         return self._curves(bars, nodes).reshape(bars.n_stocks, -1)
 
+    @abstractmethod
     def _curves(self, bars: Bars, nodes: Array) -> Array:
-        raise NotImplementedError
+        """Values at the nodes, ``(A, ...)``."""
 
 
 class Landscape(_Curve):

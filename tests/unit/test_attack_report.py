@@ -460,5 +460,5 @@ def test_callback_joins_batches_and_writes_a_report(make_attack_study, tmp_path,
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_callback_refuses_other_outputs(tmp_path):
-    with pytest.raises(ValueError, match="AttackReport needs an AttackStudy from test_step, got dict"):
+    with pytest.raises(ValueError, match="AttackReport needs AttackStudy from test_step, got dict"):
         run_test(tmp_path, {"loss": torch.zeros(())})

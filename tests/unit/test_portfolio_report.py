@@ -271,7 +271,7 @@ def test_callback_writes_a_report(make_study, tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_callback_refuses_other_outputs(tmp_path):
-    with pytest.raises(ValueError, match="PortfolioReport needs a Study from test_step, got dict"):
+    with pytest.raises(ValueError, match="PortfolioReport needs Study from test_step, got dict"):
         run_test({"loss": torch.zeros(())}, tmp_path)
 
 

@@ -1,0 +1,86 @@
+"""What reports of studies share: what ``test_step`` returns is kept, and summed up when the test ends."""
+
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_modules.portfolio.findings import plain
+from lightning_modules.run_folder import read_fit_facts
+
+
+class StudyReport(Callback, ABC):
+    """Keeps the study of every test batch, and hands them on with the clock and the facts of the data.
+
+    Args:
+        n_resamples: Bootstrap resamples.
+        level: Coverage of the intervals.
+
+    Raises:
+        ValueError: If ``n_resamples`` is below 1 or ``level`` outside (0, 1).
+    """
+
+    study_type: ClassVar[type]
+    """What ``test_step`` must return."""
+
+    def __init__(self, *, n_resamples: int = 2000, level: float = 0.95) -> None:
+        if n_resamples < 1:
+            raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
+        if not 0 < level < 1:
+            raise ValueError(f"level must be between 0 and 1, got {level}")
+        self.n_resamples = n_resamples
+        self.level = level
+        self._studies: list[Any] = []
+        self._start = 0.0
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock.
+
+        Raises:
+            ValueError: With more than one process.
+        """
+        if trainer.world_size > 1:
+            name = type(self).__name__
+            raise ValueError(f"{name} needs one process (--trainer.devices 1), got {trainer.world_size}")
+        self._studies, self._start = [], time.perf_counter()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the study of the batch.
+
+        Raises:
+            ValueError: If the module returns something else.
+        """
+        if not isinstance(outputs, self.study_type):
+            wanted = self.study_type.__name__
+            raise ValueError(f"{type(self).__name__} needs {wanted} from test_step, got {type(outputs).__name__}")
+        self._studies.append(outputs)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write everything into ``report/`` of the run folder."""
+        if not trainer.is_global_zero or not self._studies:
+            return
+        run = Path(trainer.log_dir or trainer.default_root_dir)
+        facts = getattr(getattr(trainer, "datamodule", None), "report_facts", dict)
+        studies, self._studies = self._studies, []
+        seconds = {"fit": read_fit_facts(run).get("seconds")}
+        self.write(run / "report", studies, {"data": plain(facts()), "seconds": seconds})
+        print(f"seqlit: report in {run / 'report'}", flush=True)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the test began."""
+        return time.perf_counter() - self._start
+
+    @abstractmethod
+    def write(self, folder: Path, studies: list[Any], facts: dict[str, Any]) -> None:
+        """Sum up the studies of all batches, and write; ``facts`` are of the data and of the fit."""
