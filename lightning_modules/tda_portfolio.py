@@ -255,9 +255,11 @@ class TDAPortfolioClusterer(LightningModule):
             for name, clusterer in named.items()
         ]
         arms += control_arms(frame, rules, self.clusterers)
-        columns, stocks = frame.first_columns(rules), frame.first_stocks(rules)
+        columns = frame.first_columns(rules)
+        stocks = frame.train_window.stocks(columns)
         embedding = standardised(represent(stocks))
-        grouped = [c(Stocks(embedding, stocks.filled_returns(), stocks.sectors)) for c in self.clusterers]
+        # As the walks clustered them at the first rebalance.
+        grouped = [arm.plan.decisions[0].labels[columns] for arm in arms[: len(named)]]  # type: ignore[union-attr,index]
         n_clusters = int(grouped[0].max()) + 1
         n_random = self.n_random if n_clusters > 1 else 0
         seeds = tqdm(range(n_random), desc="random clusters", disable=None, leave=False)  # on a terminal

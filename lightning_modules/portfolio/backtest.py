@@ -99,8 +99,10 @@ def make_plan(name: str, market: Market, decide: Decide, rows: NDArray[np.int64]
     """
     if len(rows) == 0 or rows[0] < 1 or (np.diff(rows) <= 0).any() or not rows[-1] < stop <= len(market):
         raise ValueError(f"rebalance rows must increase from at least 1 to below {stop}, got {rows.tolist()}")
-    decisions = tuple(decide(market.before(int(row)), number) for number, row in enumerate(rows))
-    for row, decision in zip(rows, decisions, strict=True):
+    decisions = []
+    for number, row in enumerate(rows):
+        past = market.before(int(row))
+        decision = decide(past, number)
         weights = decision.weights
         whole = weights.shape == (market.n_stocks,) and np.isfinite(weights).all()
         if not whole or weights.min() < 0 or abs(weights.sum() - 1) > 1e-8:
@@ -108,12 +110,13 @@ def make_plan(name: str, market: Market, decide: Decide, rows: NDArray[np.int64]
                 f"{name}, {market.dates[row]}: weights must be {market.n_stocks} numbers of at least 0 that sum to 1, "
                 f"got shape {weights.shape}, sum {weights.sum()!r}, least {weights.min(initial=0)!r}"
             )
-        absent = np.flatnonzero((weights > 0) & ~market.before(int(row)).tradable)
+        absent = np.flatnonzero((weights > 0) & ~past.tradable)
         if len(absent):
             raise ValueError(
                 f"{name}, {market.dates[row]}: weight on {market.tickers[absent[0]]}, without a price the day before"
             )
-    return Plan(name, rows, stop, np.stack([decision.weights for decision in decisions]), decisions)
+        decisions.append(decision)
+    return Plan(name, rows, stop, np.stack([decision.weights for decision in decisions]), tuple(decisions))
 
 
 def hold(plan: Plan, market: Market, *, cost_bps: float = 0.0, drift: bool = True) -> Track:
