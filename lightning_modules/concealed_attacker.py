@@ -5,6 +5,7 @@ Source: arXiv 2502.20948; the roles of judges, replay, rounds, calibration and t
 
 import os
 from copy import deepcopy
+from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
@@ -12,12 +13,20 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_modules.attacks.campaign import choose, cross_fitted, fit_panel, fresh_panel, judged, run_chosen
+from lightning_modules.attacks.campaign import (
+    choose,
+    cross_fitted,
+    fit_panel,
+    fresh_panel,
+    judged,
+    run_chosen,
+    seen_levels,
+)
 from lightning_modules.attacks.class_losses import cross_entropy, decisions
 from lightning_modules.attacks.discriminators import AdversarialBank, AttackPlan, DiscriminatorPlan, detection_loss
 from lightning_modules.attacks.frozen_networks import call, confidence, logits_of, takes_mask
 from lightning_modules.attacks.judges import FittedJudge, Judge, NetworkJudge, check_disjoint
-from lightning_modules.attacks.study import AdversarialSeries, AttackStudy, Role
+from lightning_modules.attacks.study import AdversarialSeries, AttackStudy, Role, SeenLevel
 from lightning_modules.attacks.victims import check_logits, load_victim
 from lightning_modules.metrics.attack_functional import detector_auc
 from lightning_modules.networks import NetworkFactory, ResCNN
@@ -39,8 +48,19 @@ class ConcealedAttacker(LightningModule):
     and has them judged; ``predict`` writes adversarial series of one of them. Batches are those of
     ``TimeSeriesDataModule``.
 
-    Thresholds of detectors are calibrated on clean *training* series, each scored by a copy of the detector that was
-    trained without it (``n_folds`` copies): series that trained neither this copy nor the choice of attacks.
+    Thresholds of detectors are calibrated on clean series of train and validation, each scored by a detector that was
+    trained without it: validation series by the detector itself, training series by copies (``n_folds`` of them, each
+    trained without one fold). Validation series did choose attacks, but no detector: a clean score, and with it the
+    rate of false alarms, is a function of detector and series alone, the same whatever attack is chosen and whichever
+    series choose it. So scores of validation and test series are exchangeable, up to the epoch of the classifier, which
+    validation chose (with a ``victim`` exactly; judges that are no networks do not depend on it); those of training
+    series as far as copies agree with the detector. With ``n_folds`` 0 validation series alone calibrate.
+
+    A discriminator is a valid judge if it sees the vanilla attacks that it was trained against, at all of its levels,
+    on validation series: mean AUC of at least 0.8.
+
+    A checkpoint of an unfinished fit holds the state of random numbers and all adversarial series so far (one array as
+    large as the split for each level and attack), so that a fit resumed after any epoch equals an unbroken one.
 
     Logged: ``train/loss``, ``val/loss`` of what is being trained; ``val/accuracy`` of the classifier;
     ``val/<discriminator>/auc`` against the series of its present level; ``val/<attack>/success`` in the last epoch.
@@ -57,7 +77,7 @@ class ConcealedAttacker(LightningModule):
         discriminators: At least one with role ``"attacked"``.
         attacks: Attacks of the test, at least one.
         predict_attack: Name of the attack of ``predict``; by default the last.
-        n_folds: Copies of each discriminator for calibration, 0 or at least 2; with 0 no threshold is calibrated.
+        n_folds: Copies of each discriminator for calibration, 0 or at least 2; with 0 validation alone calibrates.
         fitted_judges: Whether statistics, nearest neighbour and one-class judges join the held-out panel.
         classifier_optimizer: Called with the classifier's parameters.
         discriminator_optimizer: Called with the parameters of each discriminator.
@@ -125,11 +145,15 @@ class ConcealedAttacker(LightningModule):
             nn.ModuleList(self._seeded(plan, copy) for copy in range(1 + n_folds)) for plan in self.plans
         )
         check_disjoint(self._network_judges("attacked"), self._network_judges("held_out"))
+        self._forget()
+
+    def _forget(self) -> None:
         self._banks: dict[str, AdversarialBank] = {}
         self._clean: dict[str, dict[str, Tensor]] = {}
         self._snapshots: dict[str, list[nn.Module]] = {}
         self._validation: list[dict[str, Any]] = []
         self._best_classifier: tuple[float, dict[str, Tensor]] | None = None
+        self._random: dict[str, Tensor] | None = None
         # What the end of a fit finds: tensors, numbers, strings.
         self.found: dict[str, Any] | None = None
 
@@ -176,8 +200,13 @@ class ConcealedAttacker(LightningModule):
 
     # Fit
 
+    def setup(self, stage: str) -> None:
+        """Forget an earlier fit; a checkpoint to resume from is read after this."""
+        if stage == "fit":
+            self._forget()
+
     def on_fit_start(self) -> None:
-        """See that the trainer fits the plans, and forget an earlier fit.
+        """See that the trainer fits the plans.
 
         Raises:
             ValueError: If epochs or validation do not suit, or there are several processes.
@@ -189,9 +218,6 @@ class ConcealedAttacker(LightningModule):
                 f"check_val_every_n_epoch must be 1, attacks are chosen in the last epoch, got "
                 f"{self.trainer.check_val_every_n_epoch}"
             )
-        self._banks, self._clean, self.found = {}, {}, None
-        if self.current_epoch == 0:
-            self._best_classifier = None
         wanted = self.classifier_epochs + self.discriminator_epochs
         if self.trainer.max_epochs != wanted:
             raise ValueError(
@@ -212,6 +238,10 @@ class ConcealedAttacker(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Freeze the classifier, statistics too, once discriminators train; remember them where a round begins."""
+        if self._random is not None:
+            # Not before: what a resumed fit draws until here, an unbroken one does not.
+            _set_random_state(self._random, self.device)
+            self._random = None
         epoch = self._discriminator_epoch
         if epoch < 0:
             return
@@ -238,33 +268,30 @@ class ConcealedAttacker(LightningModule):
                 kept[key] = torch.zeros(n_series, *batch[key].shape[1:], dtype=batch[key].dtype)
             kept[key][batch["index"].cpu()] = batch[key].cpu()
 
-    def _bank(self, split: str, number: int) -> AdversarialBank:
+    def _bank(self, split: str, number: int, n_series: int | None = None) -> AdversarialBank:
         key = f"{split}/{number}"
         if key not in self._banks:
-            n_series = len(self._clean[split]["labels"])
-            self._banks[key] = AdversarialBank(n_series, lambda level, rows: self._made(split, number, level, rows))
+            n_series = len(self._clean[split]["labels"]) if n_series is None else n_series
+            self._banks[key] = AdversarialBank(
+                n_series, lambda level, attack, rows: self._made(split, number, level, attack, rows)
+            )
         return self._banks[key]
 
-    def _made(self, split: str, number: int, level: int, rows: Tensor) -> Tensor:
-        """Adversarial series of a level of a plan."""
+    def _made(self, split: str, number: int, level: int, attack: int, rows: Tensor) -> Tensor:
+        """Adversarial series of an attack of a level of a plan."""
         plan, clean = self.plans[number], self._clean[split]
-        stage = plan.levels[level]
-        attack = plan.round_attack if stage.concealed else plan.attack
-        assert attack is not None
-        detectors: list[nn.Module] = []
-        if stage.concealed:
-            detectors = self._snapshots[f"{number}/{level}"]
-        result = attack(
+        stage = plan.levels[level].attacks[attack]
+        result = stage.attack(
             self.classifier,
             clean["series"][rows].to(self.device),
             clean["labels"][rows].to(self.device),
             mask=clean["mask"][rows].to(self.device),
             index=rows.to(self.device),
-            detectors=detectors,
+            detectors=self._snapshots[f"{number}/{level}"] if plan.levels[level].concealed else [],
             generator=plan.seed,
-            batch_size=None if attack.couples_batch else 1024,
-            step=stage.strength if attack.projection is None else None,
-            radius=stage.strength if attack.projection is not None else None,
+            batch_size=None if stage.attack.couples_batch else 1024,
+            step=stage.strength if stage.attack.projection is None else None,
+            radius=stage.strength if stage.attack.projection is not None else None,
         )
         return result.x_adv
 
@@ -283,7 +310,8 @@ class ConcealedAttacker(LightningModule):
                 if self._discriminator_epoch >= plan.n_epochs:
                     continue
                 level = plan.level_at(self._discriminator_epoch)
-                adversarial = self._bank("train", number).sample(level, batch["index"], plan.replay)
+                n_attacks = [len(one.attacks) for one in plan.levels]
+                adversarial = self._bank("train", number).sample(level, batch["index"], plan.replay, n_attacks)
                 for copy, network in enumerate(self._copies(number)):
                     kept = batch["labels"] >= 0 if copy == 0 else self._folds(batch["index"]) != copy - 1
                     if not bool(kept.any()):
@@ -329,9 +357,14 @@ class ConcealedAttacker(LightningModule):
         losses = []
         for number, plan in enumerate(self.plans):
             level = plan.level_at(self._discriminator_epoch)
-            adversarial = self._bank("validation", number).get(level, batch["index"])
-            network = self._copies(number)[0]
-            seen, hidden = (call(network, series, batch["mask"]) for series in (batch["series"], adversarial))
+            network, bank = self._copies(number)[0], self._bank("validation", number)
+            seen = call(network, batch["series"], batch["mask"])
+            hidden = torch.cat(
+                [
+                    call(network, bank.get(level, batch["index"], attack), batch["mask"])
+                    for attack in range(len(plan.levels[level].attacks))
+                ]
+            )
             losses.append(detection_loss(seen, hidden))
             self.log(f"val/{plan.name}/auc", detector_auc(seen[:, 0], hidden[:, 0]), batch_size=n_series)
         self.log("val/loss", torch.stack(losses).mean(), batch_size=n_series, sync_dist=True)
@@ -373,22 +406,42 @@ class ConcealedAttacker(LightningModule):
         self.found = {
             "chosen": chosen,
             "judges": {judge.name: judge.state() for judge in panel if isinstance(judge, FittedJudge)},
-            "calibration": self._calibration(train),
+            "calibration": self._calibration(train, clean, panel),
+            "levels": self._levels(clean),
             "saturation": float(confidence(logits).double().quantile(0.5)),
         }
 
-    def _calibration(self, train: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scores of clean training series by judges that were made without them."""
+    def _levels(self, clean: dict[str, Tensor]) -> dict[str, list[dict[str, Any]]]:
+        """What each discriminator sees of its training attacks, on validation series."""
+
+        def seen(number: int, judge: Judge) -> list[SeenLevel]:
+            bank = self._bank("validation", number)
+            return seen_levels(
+                self.plans[number], judge, clean, lambda level, attack: bank.get(level, clean["index"], attack)
+            )
+
+        return {
+            judge.name: [asdict(level) for level in seen(number, judge)]
+            for number, judge in enumerate(self._network_judges())
+        }
+
+    def _calibration(
+        self, train: dict[str, Tensor], validation: dict[str, Tensor], panel: list[Judge]
+    ) -> dict[str, Tensor]:
+        """Scores of clean training, then validation series, by judges that were made without them."""
+        judges = [*self._network_judges(), *panel]
+        found = {judge.name: judge.score(validation["series"], validation["mask"]).cpu() for judge in judges}
         if self.n_folds == 0:
-            return {}
+            return found
         folds = self._folds(torch.arange(len(train["labels"]), device=self.device))
 
-        def panel(fold: int) -> list[Judge]:
+        def without(fold: int) -> list[Judge]:
             fresh = self._fresh_panel()
             fit_panel(fresh, train["series"][folds != fold], train["mask"][folds != fold])
             return [*self._network_judges(copy=fold + 1), *fresh]
 
-        return cross_fitted(panel, train["series"], train["mask"], folds)
+        trained = cross_fitted(without, train["series"], train["mask"], folds)
+        return {name: torch.cat([trained[name], scores]) for name, scores in found.items()}
 
     def _folds(self, rows: Tensor) -> Tensor:
         """Fold of each training series; its copy of a discriminator is number fold + 1, and never sees it."""
@@ -427,6 +480,7 @@ class ConcealedAttacker(LightningModule):
             self.judges(),
             found["calibration"],
             batch,
+            levels={name: [SeenLevel(**level) for level in levels] for name, levels in found["levels"].items()},
             class_names=self.class_names,
             saturation=found["saturation"],
             seed=_seed(),
@@ -453,13 +507,19 @@ class ConcealedAttacker(LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the fit found: tensors, numbers, strings."""
+        """Keep what the fit found, or what an unfinished one goes on with: tensors, numbers, strings."""
         checkpoint["series_facts"], checkpoint["found"] = self.facts, self.found
         checkpoint["plans"] = self._names()
-        checkpoint["best_classifier"] = self._best_classifier
-        checkpoint["snapshots"] = {
-            key: [network.state_dict() for network in networks] for key, networks in self._snapshots.items()
-        }
+        checkpoint["unfinished"] = None
+        if self.found is None:
+            checkpoint["unfinished"] = {
+                "random": _random_state(self.device),
+                "best_classifier": self._best_classifier,
+                "snapshots": {
+                    key: [network.state_dict() for network in networks] for key, networks in self._snapshots.items()
+                },
+                "banks": {key: bank.state() for key, bank in self._banks.items()},
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what a fit found.
@@ -474,12 +534,18 @@ class ConcealedAttacker(LightningModule):
         if checkpoint.get("plans", self._names()) != self._names():
             raise ValueError(f"checkpoint holds {checkpoint['plans']}, the config here names {self._names()}")
         self.found = checkpoint.get("found")
-        self._best_classifier = checkpoint.get("best_classifier")
-        self._snapshots = {}
-        for key, states in checkpoint.get("snapshots", {}).items():
+        unfinished = checkpoint.get("unfinished")
+        if unfinished is None:
+            return
+        self._random, self._best_classifier = unfinished["random"], unfinished["best_classifier"]
+        for key, states in unfinished["snapshots"].items():
             self._snapshots[key] = [deepcopy(network) for network in self.attacked_networks()]
             for network, state in zip(self._snapshots[key], states, strict=True):
                 network.load_state_dict(state)
+        for key, state in unfinished["banks"].items():
+            split, number = key.split("/")
+            n_series = max(len(kept["known"]) for kept in state.values())
+            self._bank(split, int(number), n_series).load_state(state)
 
     def _names(self) -> dict[str, list[str]]:
         return {"discriminators": [plan.name for plan in self.plans], "attacks": [plan.name for plan in self.attacks]}
@@ -489,6 +555,20 @@ class ConcealedAttacker(LightningModule):
         copies = [network for number in range(len(self.plans)) for network in self._copies(number)]
         of_classifier = [self.classifier_optimizer(self.classifier.parameters())] if self.classifier_epochs else []
         return of_classifier + [self.discriminator_optimizer(network.parameters()) for network in copies]
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's generators of the CPU and of a GPU that is used."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def _seed() -> int:

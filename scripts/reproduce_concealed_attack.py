@@ -50,11 +50,14 @@ NOT_COUNTED = ("Coffee",)  # 28 test series
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "PatchTST": partial(PatchTST, dropout=0.1),
     "RNNAttention": RNNAttention,
-    "ResCNN": partial(ResCNN, n_filters=16),
+    "ResCNN": partial(ResCNN, n_filters=8),
     "S4": partial(S4, d_model=32, state_size=32),
 }
-N_STEPS, N_FOLDS = 50, 2
-STEPS, RADII, ALPHAS = (0.005, 0.01, 0.03, 0.05), (0.05, 0.1, 0.25, 0.5), (0.1, 1.0, 10.0)
+N_STEPS, N_FOLDS, N_LEVELS = 50, 2, 5
+# 24 configurations in all, at most 6 an attack: 2 strengths and 3 weights for the sums, 2 or 3 strengths for others.
+STEPS, RADII, ALPHAS = (0.005, 0.05), (0.1, 1.0), (0.01, 0.1, 1.0)
+VANILLA_STEPS, VANILLA_RADII = (0.002, 0.01, 0.05), (0.05, 0.25, 1.0)
+HARMONIC_STEPS, HARMONIC_RADII, SMOOTH_RADII = (0.005, 0.03), (0.25, 1.0), (0.05, 0.5)
 
 
 def plans() -> list[AttackPlan]:
@@ -63,7 +66,9 @@ def plans() -> list[AttackPlan]:
     vanilla = partial(Vanilla, class_loss="cross_entropy")
     ball = {"projection": Linf(), "n_steps": N_STEPS}
     return [
-        AttackPlan(name="ifgsm", family="ifgsm", attack=Attack(vanilla(), SignStep(), n_steps=N_STEPS), steps=STEPS),
+        AttackPlan(
+            name="ifgsm", family="ifgsm", attack=Attack(vanilla(), SignStep(), n_steps=N_STEPS), steps=VANILLA_STEPS
+        ),
         AttackPlan(
             name="ifgsm sum",
             family="ifgsm",
@@ -75,13 +80,18 @@ def plans() -> list[AttackPlan]:
             name="ifgsm harmonic",
             family="ifgsm",
             attack=Attack(HarmonicReg(), SignStep(), n_steps=N_STEPS),
-            steps=STEPS,
+            steps=HARMONIC_STEPS,
         ),
-        AttackPlan(name="pgd", family="pgd", attack=Attack(vanilla(), PGDStep(), **ball), radii=RADII),
+        AttackPlan(name="pgd", family="pgd", attack=Attack(vanilla(), PGDStep(), **ball), radii=VANILLA_RADII),
         AttackPlan(name="pgd sum", family="pgd", attack=Attack(sums(), PGDStep(), **ball), radii=RADII, alphas=ALPHAS),
-        AttackPlan(name="pgd harmonic", family="pgd", attack=Attack(HarmonicReg(), PGDStep(), **ball), radii=RADII),
         AttackPlan(
-            name="sgm", family="sgm", attack=Attack(vanilla(), AdamStep(0.01, nu=0.1, lam=0.1), **ball), radii=RADII
+            name="pgd harmonic", family="pgd", attack=Attack(HarmonicReg(), PGDStep(), **ball), radii=HARMONIC_RADII
+        ),
+        AttackPlan(
+            name="sgm",
+            family="sgm",
+            attack=Attack(vanilla(), AdamStep(0.01, nu=0.1, lam=0.1), **ball),
+            radii=SMOOTH_RADII,
         ),
     ]
 
@@ -90,14 +100,16 @@ def discriminators(network: str, n_epochs: int, seed: int) -> list[Discriminator
     """The attacked one is of the victim's family; the held-out one of the next, other seed, other attack."""
     names = list(NETWORKS)
     other = names[(names.index(network) + 1) % len(names)]
-    schedule = {"gamma": 0.5, "n_levels": 4, "epochs_per_level": n_epochs // 4}
+    # Levels reach from strong attacks to weak ones, and late levels replay the early ones: a detector that only knows
+    # weak attacks is fooled by strong ones, concealed or not.
+    schedule = {"gamma": 0.5, "n_levels": N_LEVELS, "epochs_per_level": n_epochs // N_LEVELS, "replay": 0.5}
     return [
         DiscriminatorPlan(
             name="attacked",
             network=NETWORKS[network],
             attack=Attack(Vanilla(), SignStep(), n_steps=10),
             training_attacks="ifgsm",
-            start=0.03,
+            start=0.1,
             seed=100 + seed,
             **schedule,
         ),
@@ -107,7 +119,7 @@ def discriminators(network: str, n_epochs: int, seed: int) -> list[Discriminator
             network=NETWORKS[other],
             attack=Attack(Vanilla(), PGDStep(), projection=Linf(), n_steps=10),
             training_attacks="pgd",
-            start=0.2,
+            start=1.0,
             seed=200 + seed,
             **schedule,
         ),
@@ -115,10 +127,10 @@ def discriminators(network: str, n_epochs: int, seed: int) -> list[Discriminator
 
 
 def epochs_of(n_series: int) -> tuple[int, int, int]:
-    """Epochs of classifier and discriminators, and the batch size: about 200 and 240 steps whatever the set."""
+    """Epochs of classifier and discriminators, and the batch size: about 200 and 300 steps whatever the set."""
     batch_size = 16 if n_series < 200 else 64
     per_epoch = max(1, n_series // batch_size)
-    return max(10, 200 // per_epoch), 4 * max(4, 60 // per_epoch), batch_size
+    return max(10, 200 // per_epoch), N_LEVELS * max(4, 60 // per_epoch), batch_size
 
 
 def fit(folder: Path, name: str, network: str, seed: int, fold: int) -> tuple[ConcealedAttacker, TimeSeriesDataModule]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.attacks.class_losses import decisions
-from lightning_modules.attacks.discriminators import AttackPlan
+from lightning_modules.attacks.discriminators import AttackPlan, DiscriminatorPlan
 from lightning_modules.attacks.engine import Attack, AttackResult
 from lightning_modules.attacks.frozen_networks import Network, logits_of
 from lightning_modules.attacks.grid import grid_points, run_grid
@@ -29,8 +29,8 @@ from lightning_modules.attacks.judges import (
     TwoStatisticsJudge,
 )
 from lightning_modules.attacks.selection import Candidates, select
-from lightning_modules.attacks.study import AttackStudy, ChosenAttack, JudgeRecord, Role
-from lightning_modules.metrics.attack_functional import concealability, effectiveness, success_f
+from lightning_modules.attacks.study import AttackStudy, ChosenAttack, JudgeRecord, Role, SeenLevel
+from lightning_modules.metrics.attack_functional import concealability, detector_auc, effectiveness, success_f
 
 Series = Mapping[str, Tensor]
 """``series (n, T, C)``, ``mask (n, T)``, ``labels (n,)``, ``index (n,)``."""
@@ -166,6 +166,10 @@ def cross_fitted(
 ) -> dict[str, Tensor]:
     """Scores of clean training series by judges that were made without them.
 
+    The scores of different folds come from different judges, and the final judge from all series: the bound of
+    :func:`lightning_modules.attacks.thresholds.conformal_threshold` then holds as well as these judges agree (at worst
+    2 alpha for cross-conformal p-values), so that the realised rate belongs in the report.
+
     Args:
         panels: ``panels(fold)`` gives judges that have not seen the series of that fold, under the names of the final
             ones.
@@ -185,6 +189,27 @@ def cross_fitted(
     return found
 
 
+def seen_levels(
+    plan: DiscriminatorPlan, judge: Judge, clean: Series, adversarial: Callable[[int, int], Tensor]
+) -> list[SeenLevel]:
+    """How well a trained discriminator sees each attack of its plan at each strength.
+
+    Args:
+        plan: Its plan.
+        judge: The discriminator.
+        clean: Validation series.
+        adversarial: ``(level, number of the attack in it) -> (n, T, C)`` the same series attacked.
+    """
+    unmoved = judge.score(clean["series"], clean["mask"])
+    found = []
+    for level, stage in enumerate(plan.levels):
+        for number, one in enumerate(stage.attacks):
+            moved = judge.score(adversarial(level, number), clean["mask"])
+            auc = float(detector_auc(unmoved, moved))
+            found.append(SeenLevel(one.name, one.strength, stage.concealed, auc))
+    return found
+
+
 def judged(
     plans: Sequence[AttackPlan],
     choices: Mapping[str, Mapping[str, Any]],
@@ -194,6 +219,7 @@ def judged(
     calibration: Mapping[str, Tensor],
     series: Series,
     *,
+    levels: Mapping[str, Sequence[SeenLevel]],
     class_names: tuple[str, ...],
     saturation: float,
     seed: int,
@@ -207,8 +233,9 @@ def judged(
         classifier: Victim.
         detectors: The attacked networks.
         judges: With their roles.
-        calibration: Scores of clean training series by name, as :func:`cross_fitted` gives.
+        calibration: Scores of clean series by name, each by a judge that was made without it.
         series: Test series.
+        levels: What :func:`seen_levels` gave for each trained discriminator, by name.
         class_names: K names.
         saturation: Median |logit| of the victim on clean validation series.
         seed: Of the run.
@@ -223,6 +250,7 @@ def judged(
             clean=judge.score(clean, mask).cpu(),
             calibration=calibration.get(judge.name, torch.zeros(0, dtype=torch.float64)),
             is_probability=isinstance(judge, NetworkJudge),
+            levels=tuple(levels.get(judge.name, ())),
         )
         for judge, role in judges
     ]

@@ -1,16 +1,17 @@
 """Training of discriminators: which adversarial series they see when.
 
 A discriminator begins against a strong, easily seen attack that weakens in stages; every ``epochs_per_level`` epochs
-the strength is multiplied by ``gamma`` and the adversarial series are made anew. Two things go beyond the released
-procedure: earlier levels can be replayed, so that late stages do not forget strong attacks; and rounds of a concealed
-attack against the discriminators as they are can follow.
+the strength is multiplied by ``gamma`` and the adversarial series are made anew. Three things go beyond the released
+procedure: a mixture of attacks can be shown at each level; earlier levels can be replayed, so that late stages do not
+forget strong attacks; and rounds of a concealed attack against the discriminators as they are can follow.
 Source: spec of arXiv 2502.20948, section 6.
 
 n training series, T steps, C channels, L levels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,49 @@ from lightning_modules.attacks.study import Role
 from lightning_modules.networks import NetworkFactory
 
 
+class TrainingAttack:
+    """A further vanilla attack of a mixture.
+
+    Args:
+        name: In the provenance, such as ``"pgd"``.
+        attack: A vanilla attack, on the classifier; its number of iterations is its own.
+        start: Strength of the first level, above 0: the step of an attack without a ball, else its radius.
+
+    Raises:
+        ValueError: If ``start`` is not above 0 or the name is empty.
+    """
+
+    def __init__(self, *, name: str, attack: Attack, start: float) -> None:
+        if not name or not start > 0:
+            raise ValueError(f"a training attack needs a name and start above 0, got {name!r} and {start}")
+        self.name, self.attack, self.start = name, attack, start
+
+
+@dataclass(frozen=True)
+class LevelAttack:
+    """An attack as a level uses it.
+
+    Attributes:
+        name: As in the provenance.
+        attack: The attack.
+        strength: Step of an attack without a ball, else its radius; None keeps the attack's own.
+    """
+
+    name: str
+    attack: Attack
+    strength: float | None
+
+
 @dataclass(frozen=True)
 class Level:
     """One stage of training.
 
     Attributes:
-        strength: Step of an attack without a ball, else its radius; None keeps the attack's own.
+        attacks: Those a series may be shown under, all alike.
         concealed: Whether the series come from the concealed attack of a round, made against the discriminators.
     """
 
-    strength: float | None
+    attacks: tuple[LevelAttack, ...]
     concealed: bool
 
 
@@ -49,12 +83,14 @@ class DiscriminatorPlan:
         n_levels: Vanilla levels, at least 1.
         epochs_per_level: Epochs of a level, at least 1.
         replay: Probability, in 0..1, that a series is shown at a level drawn from all so far instead of the present.
+        mixture: Further vanilla attacks, which weaken by the same ``gamma``. Each time a series is shown, one of all
+            attacks of its level is drawn, all alike; attacks that differ in iterations alone are different ones.
         n_rounds: Further levels, with series of ``round_attack`` against the attacked discriminators as they then are.
         round_attack: A concealed attack with strengths of its own; needed with ``n_rounds``.
         seed: Of its weights.
 
     Raises:
-        ValueError: If a number is out of range, there are rounds without an attack, or the vanilla attack reads
+        ValueError: If a number is out of range, there are rounds without an attack, or a vanilla attack reads
             detectors, aims at classes or has a step that would not follow the radius of its ball.
     """
 
@@ -71,6 +107,7 @@ class DiscriminatorPlan:
         n_levels: int = 3,
         epochs_per_level: int = 10,
         replay: float = 0.5,
+        mixture: Sequence[TrainingAttack] = (),
         n_rounds: int = 0,
         round_attack: Attack | None = None,
         seed: int = 0,
@@ -89,21 +126,31 @@ class DiscriminatorPlan:
                 f"discriminator {name!r} needs start above 0, gamma in (0, 1] and replay in 0..1, got {start}, {gamma} "
                 f"and {replay}"
             )
-        if attack.hides() or attack.targeted:
-            raise ValueError(f"attack of discriminator {name!r} must be vanilla and untargeted, give others to rounds")
-        if attack.projection is not None and attack.stepper.ball is None:
-            raise ValueError(
-                f"attack of discriminator {name!r}: with a ball the schedule sets its radius, which the step must "
-                f"follow: PGDStep or APGD, got {type(attack.stepper).__name__}"
-            )
+        vanilla = (TrainingAttack(name=training_attacks, attack=attack, start=start), *mixture)
+        for one in vanilla:
+            if one.attack.hides() or one.attack.targeted:
+                raise ValueError(
+                    f"attack {one.name!r} of discriminator {name!r} must be vanilla and untargeted, give others to "
+                    "rounds"
+                )
+            if one.attack.projection is not None and one.attack.stepper.ball is None:
+                raise ValueError(
+                    f"attack {one.name!r} of discriminator {name!r}: with a ball the schedule sets its radius, which "
+                    f"the step must follow: PGDStep or APGD, got {type(one.attack.stepper).__name__}"
+                )
         if n_rounds and round_attack is None:
             raise ValueError(f"n_rounds {n_rounds} of discriminator {name!r} need a round_attack, got none")
         self.name, self.network, self.role = name, network, role
-        self.attack, self.round_attack = attack, round_attack
-        self.training_attacks = training_attacks
         self.epochs_per_level, self.replay, self.seed = epochs_per_level, replay, seed
-        vanilla = [Level(start * gamma**level, concealed=False) for level in range(n_levels)]
-        self.levels = (*vanilla, *[Level(None, concealed=True)] * n_rounds)
+        levels = [
+            Level(
+                tuple(LevelAttack(one.name, one.attack, one.start * gamma**level) for one in vanilla), concealed=False
+            )
+            for level in range(n_levels)
+        ]
+        if round_attack is not None:
+            levels += [Level((LevelAttack("concealed", round_attack, None),), concealed=True)] * n_rounds
+        self.levels = tuple(levels)
 
     @property
     def n_epochs(self) -> int:
@@ -119,52 +166,85 @@ class DiscriminatorPlan:
 
         Beside its given name an attack is listed by its parts, so that the same one under two names is the same.
         """
-        parts = (self.attack.objective, self.attack.stepper, self.attack.projection)
-        made_of = " ".join(type(part).__name__ for part in parts if part is not None)
-        attacks = [self.training_attacks, made_of, *["concealed"] * any(level.concealed for level in self.levels)]
-        architecture = type(network).__name__
-        return {"seed": str(self.seed), "architecture": architecture, "training_attacks": ", ".join(attacks)}
+        attacks = []
+        for one in self.levels[0].attacks:
+            parts = (one.attack.objective, one.attack.stepper, one.attack.projection)
+            attacks += [one.name, " ".join(type(part).__name__ for part in parts if part is not None)]
+        attacks += ["concealed"] * any(level.concealed for level in self.levels)
+        return {
+            "seed": str(self.seed),
+            "architecture": type(network).__name__,
+            "training_attacks": ", ".join(dict.fromkeys(attacks)),
+        }
 
 
 class AdversarialBank:
-    """Adversarial series by level, made when first asked for and kept.
+    """Adversarial series by level and attack, made when first asked for and kept.
 
     Args:
         n_series: n.
-        make: ``(level, rows (B,)) -> (B, T, C)`` makes them.
+        make: ``(level, number of the attack in it, rows (B,)) -> (B, T, C)`` makes them.
     """
 
-    def __init__(self, n_series: int, make: Callable[[int, Tensor], Tensor]) -> None:
+    def __init__(self, n_series: int, make: Callable[[int, int, Tensor], Tensor]) -> None:
         self._n_series = n_series
         self._make = make
-        self._kept: dict[int, Tensor] = {}
-        self._known: dict[int, Tensor] = {}
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._known: dict[tuple[int, int], Tensor] = {}
 
-    def get(self, level: int, rows: Tensor) -> Tensor:
-        """``(B, T, C)`` series of a level."""
-        known = self._known.setdefault(level, torch.zeros(self._n_series, dtype=torch.bool))
+    def get(self, level: int, rows: Tensor, attack: int = 0) -> Tensor:
+        """``(B, T, C)`` series of an attack of a level, on the device of the rows."""
+        key = (level, attack)
+        known = self._known.setdefault(key, torch.zeros(self._n_series, dtype=torch.bool))
         numbers = rows.cpu()
         missing = ~known[numbers]
         if missing.any():
-            made = self._make(level, numbers[missing])
-            if level not in self._kept:
-                self._kept[level] = made.new_zeros(self._n_series, *made.shape[1:])
-            self._kept[level][numbers[missing].to(made.device)] = made
+            made = self._make(level, attack, numbers[missing])
+            if key not in self._kept:
+                self._kept[key] = made.new_zeros(self._n_series, *made.shape[1:])
+            kept = self._kept[key]
+            kept[numbers[missing].to(kept.device)] = made.to(kept.device)
             known[numbers[missing]] = True
-        return self._kept[level][numbers.to(self._kept[level].device)]
+        return self._kept[key][numbers.to(self._kept[key].device)].to(rows.device)
 
-    def sample(self, level: int, rows: Tensor, replay: float) -> Tensor:
-        """``(B, T, C)``: each series at ``level``, or with probability ``replay`` at any level up to it alike."""
+    def sample(self, level: int, rows: Tensor, replay: float, n_attacks: Sequence[int] | None = None) -> Tensor:
+        """``(B, T, C)``: each series at ``level``, or with probability ``replay`` at any level up to it alike.
+
+        Args:
+            level: The present one.
+            rows: ``(B,) int64``.
+            replay: In 0..1.
+            n_attacks: Attacks of levels 0..level, of which each series is shown under one, all alike; default one each.
+        """
         levels = torch.full((len(rows),), level)
         if replay > 0 and level > 0:
             drawn = torch.randint(level + 1, (len(rows),))
             levels = torch.where(torch.rand(len(rows)) < replay, drawn, levels)
+        attacks = torch.zeros_like(levels)
+        if n_attacks is not None and max(n_attacks) > 1:
+            attacks = (torch.rand(len(rows)) * torch.tensor(n_attacks)[levels]).long()
         series = self.get(level, rows).clone()
-        for other in levels.unique().tolist():
-            if other != level:
-                chosen = (levels == other).to(series.device)
-                series[chosen] = self.get(other, rows[chosen.to(rows.device)])
+        for other, attack in torch.stack([levels, attacks], 1).unique(dim=0).tolist():
+            if (other, attack) != (level, 0):
+                chosen = ((levels == other) & (attacks == attack)).to(series.device)
+                series[chosen] = self.get(other, rows[chosen], attack)
         return series
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What was made, by ``"level/attack"``: ``series (n, T, C)`` and ``known (n,) bool``, for a checkpoint.
+
+        Made again they could differ in their last bits, for a batch of other series rounds otherwise.
+        """
+        return {
+            f"{level}/{attack}": {"series": series, "known": self._known[level, attack]}
+            for (level, attack), series in self._kept.items()
+        }
+
+    def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take up what :meth:`state` gave."""
+        for name, kept in state.items():
+            level, attack = map(int, name.split("/"))
+            self._kept[level, attack], self._known[level, attack] = kept["series"].clone(), kept["known"].clone()
 
 
 def detection_loss(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:

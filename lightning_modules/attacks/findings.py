@@ -3,10 +3,14 @@
 n series, K classes, M attacked detectors, J judges, m calibration series, S resamples. Everything here is plain:
 numbers, strings, lists, mappings, and None for what is not defined, so that it can be written as JSON as it is. Rates
 of false alarms are keys as one writes them, "0.05" and "0.01".
+A trained discriminator is a valid judge by what it was declared to see, its vanilla training attacks at all of their
+strengths; the others, which trained on no attack, by the vanilla attacks that validation chose.
 Source: spec of arXiv 2502.20948, sections 6 (roles), 9 (metrics), 11 (T6, T12) and 12.3; the panel is ours.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
@@ -25,6 +29,7 @@ from lightning_modules.metrics.attack_functional import (
     concealability,
     detection_rate,
     detector_auc,
+    dtw,
     effectiveness,
     fooling_rate,
     hidden_probability,
@@ -44,6 +49,9 @@ FALSE_ALARMS = (HEADLINE_RATE, 0.01)
 
 SATURATED = 17.0
 """Median |logit| above which cross-entropy is flat in float32 (T3)."""
+
+DTW_BAND = 0.1
+"""Half-width of the Sakoe-Chiba band as a share of the steps: what a series is moved in time stays near."""
 
 _FORMS: tuple[ConcealabilityForm, ...] = get_args(ConcealabilityForm)
 
@@ -92,6 +100,21 @@ def vanilla_aucs(study: AttackStudy) -> dict[str, float]:
     }
 
 
+def trained_auc(judge: JudgeRecord) -> float | None:
+    """Mean AUC of a trained discriminator over its vanilla training attacks and their strengths; None for others.
+
+    On validation series. Attacks of rounds are left out: they were made to pass it.
+    """
+    own = [level.auc for level in judge.levels if not level.concealed]
+    return sum(own) / len(own) if own else None
+
+
+def _deciding_auc(judge: JudgeRecord, vanilla_auc: float) -> float:
+    """The AUC that makes a judge valid or not."""
+    trained = trained_auc(judge)
+    return vanilla_auc if trained is None else trained
+
+
 def _thresholds(judge: JudgeRecord) -> dict[str, Threshold]:
     return {key(rate): conformal_threshold(judge.calibration, rate) for rate in FALSE_ALARMS}
 
@@ -110,7 +133,9 @@ def _judge(study: AttackStudy, judge: JudgeRecord, auc: float, level: float) -> 
         "provenance": judge.provenance,
         "is_probability": judge.is_probability,
         "vanilla_auc": auc,
-        "valid": valid_judge(auc),
+        "trained_auc": trained_auc(judge),
+        "levels": [asdict(level) for level in judge.levels],
+        "valid": valid_judge(_deciding_auc(judge, auc)),
         "one_answer": _one_answer(judge, study),
         "n_calibration": len(judge.calibration),
         "thresholds": {
@@ -195,10 +220,12 @@ def _panel(judged: dict[str, Any], panel: Sequence[JudgeRecord]) -> dict[str, An
 
 def _size(study: AttackStudy, attack: ChosenAttack) -> dict[str, Any]:
     norms = perturbation_norms(study.series, attack.x_adv, study.mask)
+    radius = math.ceil(DTW_BAND * study.series.shape[1])
     bends, rough = roughness(study.series, study.mask), roughness(attack.x_adv, study.mask)
     return {
         "norms": {name: float(values.mean()) for name, values in norms._asdict().items()},
         "largest_linf": float(norms.linf.max()),
+        "dtw": {"mean": float(dtw(study.series, attack.x_adv, study.mask, radius).mean()), "radius": radius},
         "roughness_ratio": float(rough.nanmean() / bends.nanmean()),
     }
 
@@ -254,16 +281,18 @@ def findings(study: AttackStudy, *, n_resamples: int = 2000, level: float = 0.95
         level: Coverage of the intervals.
 
     Returns:
-        Plain values. ``judges``: by name role, provenance, AUC on vanilla attacks, whether it is valid, and at each
+        Plain values. ``judges``: by name role, provenance, AUC on vanilla attacks, for trained ones the AUC of each
+        training attack and strength on validation and the mean of the vanilla ones, whether it is valid, and at each
         rate the conformal threshold (None if not resolvable) with the realised false alarms. Shares are lists: share,
         low, high (Clopper-Pearson), hits, trials. ``attacks``: by name the chosen configuration, EFF, accuracy,
-        fooling rate, success on initially correct series, norms (means over series), roughness ratio, steps to flip,
-        shares of bad and zero gradients, seconds a series; ``judges`` with AUC, CONC and F in every form, detection
-        off the ROC curve, share flagged and joint success at the conformal thresholds; ``attacked`` against the
-        attacked detectors pooled; ``panel``, mean over the valid held-out judges and the worst of them for the attack;
-        ``intervals`` and ``minus_vanilla``, percentile intervals of EFF, CONC and F in the F1 form against the attacked
-        detectors and of mean joint success against the panel, and of what concealment adds to each. ``headline``: the
-        best concealed attack by validation. ``victim``, ``panel``, sizes, ``flags`` and the settings.
+        fooling rate, success on initially correct series, norms and the DTW distance in a band (means over series),
+        roughness ratio, steps to flip, shares of bad and zero gradients, seconds a series; ``judges`` with AUC, CONC
+        and F in every form, detection off the ROC curve, share flagged and joint success at the conformal thresholds;
+        ``attacked`` against the attacked detectors pooled; ``panel``, mean over the valid held-out judges and the worst
+        of them for the attack; ``intervals`` and ``minus_vanilla``, percentile intervals of EFF, CONC and F in the F1
+        form against the attacked detectors and of mean joint success against the panel, and of what concealment adds to
+        each. ``headline``: the best concealed attack by validation. ``victim``, ``panel``, sizes, ``flags`` and the
+        settings.
 
     Raises:
         ValueError: If there is no attack, two attacks or judges share a name, ``n_resamples`` is below 1 or ``level``
@@ -280,7 +309,11 @@ def findings(study: AttackStudy, *, n_resamples: int = 2000, level: float = 0.95
         if len(set(names)) < len(names) or (kind == "attack" and not names):
             raise ValueError(f"a study needs at least one attack, and names that differ; {kind}s are {names}")
     aucs = vanilla_aucs(study)
-    panel = [judge for judge in study.judges if judge.role == "held_out" and valid_judge(aucs[judge.name])]
+    panel = [
+        judge
+        for judge in study.judges
+        if judge.role == "held_out" and valid_judge(_deciding_auc(judge, aucs[judge.name]))
+    ]
     best = best_concealed(study)
     clean = decisions(study.clean_logits)
     n_classes = len(study.class_names)

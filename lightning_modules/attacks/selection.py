@@ -6,16 +6,13 @@ attacks, which doubles the gap between concealed and vanilla attacks there.
 Source: spec of arXiv 2502.20948, sections 9.3 and 11 (T1); the rule is ours.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-Result = TypeVar("Result")
 
 TIE = 1e-12
 """Values of F this close are equal: float64 averages of the same counts in another order."""
@@ -153,51 +150,3 @@ def pareto_area(effectiveness: ArrayLike, concealability: ArrayLike) -> float:
     effective, concealed = (np.maximum(values, 0.0) for values in _points(effectiveness, concealability))
     front = pareto_front(effective, concealed)
     return float(np.sum(np.diff(effective[front], prepend=0.0) * concealed[front]))
-
-
-class SealedTestSplit(Generic[Result]):
-    """Keeps the test split out of reach until every attack is selected (T1).
-
-    Args:
-        load: Reads the test series, or computes their scores; not called before :meth:`finalize`.
-    """
-
-    def __init__(self, load: Callable[[], Result]) -> None:
-        self._load = load
-        self._selected: Mapping[str, Choice] | None = None
-
-    @property
-    def selected(self) -> Mapping[str, Choice]:
-        """The final choice of each attack, read-only.
-
-        Raises:
-            RuntimeError: Before :meth:`finalize`.
-        """
-        if self._selected is None:
-            raise RuntimeError("the test split is sealed: call finalize() with the selected attacks first")
-        return self._selected
-
-    def finalize(self, selected: Mapping[str, Choice]) -> None:
-        """Fix the choice of every attack, once.
-
-        Args:
-            selected: ``{attack: choice}``, at least one.
-
-        Raises:
-            ValueError: If no attack is selected.
-            RuntimeError: If the selection is final already.
-        """
-        if self._selected is not None:
-            raise RuntimeError(f"the selection is final already: {', '.join(self._selected)}")
-        if not selected:
-            raise ValueError("finalize() needs the choice of at least one attack, got none")
-        self._selected = MappingProxyType(dict(selected))
-
-    def open(self) -> Result:
-        """What ``load`` returns.
-
-        Raises:
-            RuntimeError: Before :meth:`finalize`.
-        """
-        _ = self.selected
-        return self._load()

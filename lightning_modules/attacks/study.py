@@ -14,6 +14,23 @@ Role = Literal["attacked", "held_out"]
 
 
 @dataclass(frozen=True)
+class SeenLevel:
+    """How well a trained discriminator sees what it was trained on, on validation series.
+
+    Attributes:
+        attack: Name of the training attack.
+        strength: Step or radius of the level; None for the attack's own.
+        concealed: Whether it is the attack of a round.
+        auc: AUC of attacked against clean validation series.
+    """
+
+    attack: str
+    strength: float | None
+    concealed: bool
+    auc: float
+
+
+@dataclass(frozen=True)
 class JudgeRecord:
     """A judge and what it says of clean series.
 
@@ -22,8 +39,9 @@ class JudgeRecord:
         role: ``"attacked"``: in the objectives; ``"held_out"``: never used for gradients or selection.
         provenance: Seed, architecture, training attacks, as far as they apply.
         clean: ``(n,) float64`` scores of the clean test series, larger is more adversarial.
-        calibration: ``(m,) float64`` scores of clean series that trained neither the judge nor the selection.
+        calibration: ``(m,) float64`` scores of clean series, each by a judge that was made without it.
         is_probability: Whether 0.5 is a threshold, as for networks; other judges are read by AUC and by thresholds.
+        levels: Of a trained discriminator, each training attack at each of its strengths; empty for other judges.
     """
 
     name: str
@@ -32,6 +50,7 @@ class JudgeRecord:
     clean: Tensor
     calibration: Tensor
     is_probability: bool
+    levels: tuple[SeenLevel, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Thresholds of detectors with a bound on false alarms, and exact binomial intervals.
 
-n clean calibration series, which trained neither the detector nor the choice of attack or detector. Split-conformal:
+n clean calibration series, which neither trained nor chose the detector. What attack was chosen, and by which series,
+does not matter here: clean scores are a function of detector and series alone. Split-conformal:
 with the threshold at the ceil((n + 1)(1 - alpha))-th smallest of their scores, a further clean series exceeds it with
 probability at most alpha, whatever the distribution, as long as the n + 1 series are exchangeable.
 Sources: V. Vovk, A. Gammerman, G. Shafer, "Algorithmic Learning in a Random World" (2005); C. Clopper, E. Pearson,
@@ -8,14 +9,10 @@ Sources: V. Vovk, A. Gammerman, G. Shafer, "Algorithmic Learning in a Random Wor
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from scipy.stats import beta
 from torch import Tensor
 
@@ -125,7 +122,7 @@ def conformal_threshold(clean_scores: Tensor, alpha: float) -> Threshold:
     Strictly above is the conservative side of ties: with equal scores fewer than alpha of clean series are flagged.
 
     Args:
-        clean_scores: ``(n,) float``, of clean series that trained neither the detector nor any selection.
+        clean_scores: ``(n,) float``, of clean series that neither trained nor chose the detector.
         alpha: Bound on the rate of false alarms, strictly between 0 and 1.
 
     Returns:
@@ -142,69 +139,3 @@ def conformal_threshold(clean_scores: Tensor, alpha: float) -> Threshold:
     if rank > n:
         return Threshold(alpha, n, None)
     return Threshold(alpha, n, float(clean_scores.double().sort().values[rank - 1]))
-
-
-class _Scores(Protocol):
-    def score(self, series: Tensor, mask: Tensor | None = None) -> Tensor: ...
-
-
-def cross_fitted_scores(
-    fit: Callable[[NDArray[np.int64]], _Scores],
-    series: Tensor,
-    folds: NDArray[np.int64],
-    mask: Tensor | None = None,
-) -> Tensor:
-    """A clean score for every series, each from a judge that was fitted without its fold.
-
-    All of train and validation can so calibrate a threshold. The scores of different folds come from different
-    judges, and the final judge from all series: the bound of :func:`conformal_threshold` then holds as well as these
-    judges agree (at worst 2 alpha for cross-conformal p-values), so that the realised rate belongs in the report.
-
-    Args:
-        fit: Makes a new judge from the rows it is given, ``(k,) int64``, ascending.
-        series: ``(n, T, C) float`` clean series.
-        folds: ``(n,) int64`` fold of each series, at least two different ones.
-        mask: ``(n, T) bool``, true where a step counts.
-
-    Returns:
-        ``(n,) float64``.
-
-    Raises:
-        ValueError: If ``folds`` does not hold one fold a series or holds one fold only.
-    """
-    if folds.shape != (len(series),) or len(np.unique(folds)) < 2:
-        raise ValueError(
-            f"folds must be ({len(series)},) with at least 2 folds, got shape {folds.shape} with "
-            f"{len(np.unique(folds))}"
-        )
-    scores = torch.full((len(series),), torch.nan, dtype=torch.float64)
-    for fold in np.unique(folds):
-        judge = fit(np.flatnonzero(folds != fold))
-        rows = torch.from_numpy(np.flatnonzero(folds == fold))
-        held_out = judge.score(series[rows], None if mask is None else mask[rows])
-        scores[rows] = held_out.detach().double().cpu()
-    return scores
-
-
-def stratified_folds(labels: NDArray[np.int64], n_folds: int, seed: int = 0) -> NDArray[np.int64]:
-    """Fold 0..n_folds-1 of each series: sizes differ by at most one, in a class too.
-
-    Args:
-        labels: ``(n,) int64`` classes.
-        n_folds: At least 2 and at most n.
-        seed: Of the shuffle within each class.
-
-    Returns:
-        ``(n,) int64``.
-
-    Raises:
-        ValueError: If ``labels`` is not one axis or ``n_folds`` is not in 2..n.
-    """
-    if labels.ndim != 1 or not 2 <= n_folds <= len(labels):
-        raise ValueError(f"n_folds must lie in 2..n for (n,) labels, got {n_folds} for shape {labels.shape}")
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    folds = np.empty(len(labels), dtype=np.int64)
-    # Dealt out like cards, class after class, without starting again at fold 0.
-    folds[by_class] = np.arange(len(labels)) % n_folds
-    return folds

@@ -96,17 +96,33 @@ def judges_table(found: Findings) -> list[str]:
     alarms = [f"false alarms at {_percent(key(rate))}" for rate in FALSE_ALARMS]
     if not found["judges"]:
         return []
-    lines = [_row(["judge", "role", "made of", "AUC on vanilla", "valid?", *alarms]), "|---" * 7 + "|"]
+    lines = [_row(["judge", "role", "made of", "AUC on vanilla", "AUC on own levels", "valid?", *alarms])]
+    lines.append("|---" * 8 + "|")
     for name, judge in found["judges"].items():
         made_of = "; ".join(f"{words.replace('_', ' ')}: {value}" for words, value in judge["provenance"].items())
-        auc = judge["vanilla_auc"]
+        aucs = [_number(judge["vanilla_auc"]), _own_levels(judge)]
         realised = [
             not_resolvable(found, [name], rate) or _interval(limit["false_alarms"], ".3f")
             for rate, limit in judge["thresholds"].items()
         ]
-        verdict = "yes" if judge["valid"] else "not a valid judge"
-        lines.append(_row([name, judge["role"].replace("_", " "), made_of, _number(auc), verdict, *realised]))
+        verdict = "yes" if judge["valid"] else f"not a valid judge: {_invalid(judge)}"
+        lines.append(_row([name, judge["role"].replace("_", " "), made_of, *aucs, verdict, *realised]))
     return lines
+
+
+def _own_levels(judge: dict[str, Any]) -> str:
+    """Mean AUC on the vanilla training attacks, and the smallest and largest of them."""
+    own = [level["auc"] for level in judge["levels"] if not level["concealed"]]
+    return f"{judge['trained_auc']:.2f} ({min(own):.2f} to {max(own):.2f})" if own else "trained on none"
+
+
+def _invalid(judge: dict[str, Any]) -> str:
+    """The figure for which a judge is not valid."""
+    if judge["trained_auc"] is not None:
+        return f"its mean AUC on the attacks it was trained against is {judge['trained_auc']:.2f} on validation"
+    if judge["vanilla_auc"] is None:
+        return "no vanilla attack was run to judge it by"
+    return f"its AUC on vanilla attacks is {judge['vanilla_auc']:.2f}"
 
 
 def sentences(found: Findings) -> list[str]:
@@ -185,7 +201,27 @@ def _pays(found: Findings) -> list[str]:
     if not any(judge["role"] == "attacked" for judge in found["judges"].values()):
         return []
     asked = "Does concealment pay against the attacked detector? F in the F1 form, concealed minus vanilla:"
-    return _gain(found, "success", asked, "F")
+    return ["\n".join([said, *_but(found)]) for said in _gain(found, "success", asked, "F")]
+
+
+def _but(found: Findings) -> list[str]:
+    """What takes the meaning from an F against the attacked detector, however large."""
+    blind = {
+        name: judge for name, judge in found["judges"].items() if judge["role"] == "attacked" and not judge["valid"]
+    }
+    lines = [
+        f"- But *{name}* is not a valid judge ({_invalid(judge)}): to hide from it shows nothing, so these differences "
+        "do not say that concealment pays."
+        for name, judge in blind.items()
+    ]
+    for name, attack in found["attacks"].items():
+        if attack["minus_vanilla"] is not None and not attack["success_on_correct"]:
+            n_correct = found["victim"]["n_correct"]
+            lines.append(
+                f"- But *{name}* fools none of the {n_correct} series that were called rightly: its EFF is the "
+                "victim's own errors, its F no success."
+            )
+    return lines
 
 
 def _survives(found: Findings) -> list[str]:
@@ -246,18 +282,12 @@ def _degenerate(found: Findings) -> list[str]:
     lines = []
     for name, judge in found["judges"].items():
         if not judge["valid"]:
-            auc = judge["vanilla_auc"]
-            reason = (
-                "no vanilla attack was run to judge it by"
-                if auc is None
-                else f"its AUC on vanilla attacks is {auc:.2f}"
-            )
             weight = (
                 "that a concealed attack passes it says nothing"
                 if judge["role"] == "attacked"
                 else "it is left out of the panel"
             )
-            lines.append(f"- *{name}* is not a valid judge: {reason}, at least 0.80 is asked for; {weight}.")
+            lines.append(f"- *{name}* is not a valid judge: {_invalid(judge)}, at least 0.80 is asked for; {weight}.")
         if judge["one_answer"] is not None:
             conc = "CONC in the F1 form is 1" if judge["one_answer"] == "clean" else "CONC in the F1 form is 1/3"
             lines.append(
@@ -333,7 +363,8 @@ def _costs(found: Findings) -> list[str]:
             f"- *{name}*: {settings} of {attack['n_steps']}, the best of {attack['n_configurations']} configurations; "
             f"fools {_number(attack['success_on_correct'], '.0%')} of those called rightly{flipped}; L2 "
             f"{_number(attack['norms']['l2_relative'], '.1%')} of the series, roughness times "
-            f"{_number(attack['roughness_ratio'])}; {1000 * attack['seconds_per_series']:.3g} ms a series"
+            f"{_number(attack['roughness_ratio'])}, DTW {attack['dtw']['mean']:.3g}; "
+            f"{1000 * attack['seconds_per_series']:.3g} ms a series"
         )
         for kind in ("bad", "zero"):
             if attack[f"{kind}_gradients"]:

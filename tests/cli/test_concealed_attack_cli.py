@@ -58,7 +58,7 @@ def test_fit_test_predict_on_the_bundled_set(seqlit, config, tmp_path):
     text = (run / "report" / "report.md").read_text()
     for name in ("ifgsm", "ifgsm sum", "ifgsm harmonic", "two statistics", "held-out RNNAttention"):
         assert name in text
-    assert "not resolvable (n = 35)" in text, "99 clean series are needed for 1 %"
+    assert "not resolvable (n = 50)" in text, "99 clean series are needed for 1 %"
     assert "150 adversarial series in" in out
     frame = pl.read_parquet(run / "adversarial_series.parquet")
     assert frame["index"].to_list() == list(range(150))
@@ -70,7 +70,7 @@ def test_fit_test_predict_on_the_bundled_set(seqlit, config, tmp_path):
     chosen = frame["predicted_at"].list.get(iteration)
     assert chosen.to_list() == frame["predicted"].to_list()
     checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
-    assert set(checkpoint["found"]) == {"chosen", "judges", "calibration", "saturation"}
+    assert set(checkpoint["found"]) == {"chosen", "judges", "calibration", "saturation", "levels"}
 
 
 def test_variable_length_and_channels_from_a_folder(seqlit, config, tmp_path):

@@ -7,7 +7,6 @@ from hypothesis.extra.numpy import arrays
 from lightning_modules.attacks.selection import (
     Candidates,
     Choice,
-    SealedTestSplit,
     fold_average,
     pareto_area,
     pareto_front,
@@ -122,27 +121,6 @@ def test_fold_average_is_the_mean_over_series(values, sizes):
 def test_a_fold_without_a_value_keeps_a_candidate_from_winning():
     average = fold_average([[[0.9], [0.2]], [[np.nan], [0.4]]], [10, 10])
     assert select(Candidates(average, np.array([1.0, 2.0]), np.zeros(2), np.array([1]))) == (1, 0)
-
-
-def test_test_split_stays_sealed_until_the_selection_is_final():
-    """T1: nothing of the test split is even read before."""
-    opened = []
-    sealed = SealedTestSplit(lambda: opened.append("test") or len(opened))
-    for early in (sealed.open, lambda: sealed.selected):
-        with pytest.raises(RuntimeError, match=r"sealed: call finalize\(\)"):
-            early()
-    assert opened == []
-    with pytest.raises(ValueError, match="at least one attack, got none"):
-        sealed.finalize({})
-    chosen = {"ifgsm": Choice(2, 40)}
-    sealed.finalize(chosen)
-    assert sealed.open() == 1
-    chosen["ifgsm"] = Choice(0, 1)
-    assert sealed.selected["ifgsm"] == (2, 40)
-    with pytest.raises(TypeError):
-        sealed.selected["ifgsm"] = Choice(0, 1)
-    with pytest.raises(RuntimeError, match="final already: ifgsm"):
-        sealed.finalize(chosen)
 
 
 ONE = np.ones(1)

@@ -2,15 +2,19 @@
 
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
+from scipy.stats import betabinom
 
 from datamodules import TimeSeriesDataModule
 from datamodules.synthetic_series import synthetic_series
 from lightning_modules import ConcealedAttacker
-from lightning_modules.attacks import Attack, Linf, PGDStep, SignStep, SumReg, Vanilla
-from lightning_modules.attacks.discriminators import AttackPlan, DiscriminatorPlan
+from lightning_modules.attacks import AdamStep, Attack, Linf, Momentum, PGDStep, SignStep, SumReg, Vanilla
+from lightning_modules.attacks.discriminators import AttackPlan, DiscriminatorPlan, TrainingAttack
+from lightning_modules.attacks.findings import findings, trained_auc
+from lightning_modules.attacks.thresholds import conformal_threshold
 from lightning_modules.networks import LSTM, ResCNN
 
 IFGSM = Attack(Vanilla(), SignStep(), n_steps=5)
@@ -67,9 +71,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def fitted(folder, *, callbacks=(), batch_size=32, **settings):
+def fitted(folder, *, callbacks=(), batch_size=32, eval_batch_size=1024, validation_fraction=0.25, **settings):
     seed_everything(1, verbose=False)
-    data = TimeSeriesDataModule(folder=str(folder), name="Toy", batch_size=batch_size, validation_fraction=0.25)
+    data = TimeSeriesDataModule(
+        folder=str(folder),
+        name="Toy",
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        validation_fraction=validation_fraction,
+    )
     module = attacker(**settings)
     trainer = Trainer(
         accelerator="cpu",
@@ -118,17 +128,217 @@ def test_a_choice_for_every_attack_from_its_grid(run):
         assert choice["success"] == pytest.approx(best[:, 1:].max().item(), abs=1e-9)  # the rule
 
 
-def test_calibration_scores_come_from_copies_that_never_saw_the_series(run):
+def test_calibration_scores_come_from_detectors_that_never_saw_the_series(run):
     module, data, _, _ = run
-    train = data.arrays("train")
-    calibration = module.found["calibration"]["a"]
-    assert len(calibration) == len(train["labels"])
-    rows = train["index"]
-    for fold in range(module.n_folds):
-        inside = module._folds(rows) == fold
-        judge = module._network_judges(copy=fold + 1)[0]
-        expected = judge.score(train["series"][inside], train["mask"][inside])
-        torch.testing.assert_close(calibration[rows[inside]], expected.cpu())
+    train, validation = data.arrays("train"), data.arrays("validation")
+    n_train, rows = len(train["labels"]), train["index"]
+    assert set(module.found["calibration"]) == {judge.name for judge, _ in module.judges()}
+    for number, name in enumerate(("a", "h")):
+        calibration = module.found["calibration"][name]
+        assert len(calibration) == n_train + len(validation["labels"])
+        for fold in range(module.n_folds):
+            inside = module._folds(rows) == fold
+            judge = module._network_judges(copy=fold + 1)[number]
+            expected = judge.score(train["series"][inside], train["mask"][inside])
+            torch.testing.assert_close(calibration[rows[inside]], expected.cpu())
+        own = module._network_judges()[number].score(validation["series"], validation["mask"])
+        torch.testing.assert_close(calibration[n_train:], own.cpu())
+
+
+@pytest.mark.parametrize("n_folds", [0, 2])
+def test_clean_series_raise_no_more_false_alarms_than_promised(folder, n_folds):
+    """3,000 fresh series of the law that the set was drawn from, against every judge of a fit.
+
+    Alarms of n calibration scores and their r-th smallest as threshold are beta-binomial whatever the law of the
+    scores, exactly where all are of the judge itself; with copies the promise is twice the rate at most.
+    """
+    facts = {"n_channels": 1, "n_classes": 2, "n_steps": 40}
+    victim = {"class_path": "lightning_modules.networks.ResCNN", "init_args": facts | {"n_filters": 2}}
+    module, data, *_ = fitted(folder, victim=victim, classifier_epochs=0, n_folds=n_folds, validation_fraction=0.5)
+    fresh = synthetic_series(2, 3000, n_steps=40, rule="bump", noise=0.5, seed=77).test.series
+    series = torch.from_numpy((fresh - data.mean.numpy()) / data.std.numpy()).float()
+    for judge, _ in module.judges():
+        calibration = module.found["calibration"][judge.name]
+        assert len(calibration) == (96 if n_folds else 48)
+        threshold = conformal_threshold(calibration, 0.1)
+        alarms, n = int(threshold.flag(judge.score(series)).sum()), len(calibration)
+        above = n - int(np.ceil((n + 1) * 0.9)) + 1  # of n + 1 places, those above the threshold
+        if n_folds == 0:
+            law = betabinom(3000, above, n + 1 - above)
+            # 0.1 % in either tail for each of five judges; the seeds are fixed, so it passes or fails for good
+            assert law.ppf(0.001) <= alarms <= law.ppf(0.999), judge.name
+        else:
+            assert alarms <= betabinom(3000, 2 * above, n + 1 - 2 * above).ppf(0.999), judge.name
+
+
+def test_a_discriminator_is_valid_by_what_it_was_trained_against(run):
+    module, data, _, _ = run
+    validation = data.arrays("validation")
+    found = module.found["levels"]
+    assert [(level["attack"], level["strength"]) for level in found["a"]] == [("ifgsm", 0.3), ("ifgsm", 0.15)]
+    assert [(level["attack"], level["strength"]) for level in found["h"]] == [("pgd", 0.3), ("pgd", 0.15)]
+    judge = module._network_judges()[0]
+    clean = judge.score(validation["series"])
+    for level in found["a"]:
+        moved = IFGSM(module.classifier, validation["series"], validation["labels"], step=level["strength"]).x_adv
+        gaps = judge.score(moved)[:, None] - clean
+        # float32 batches of the attack may turn a few of the 24 x 24 pairs
+        assert level["auc"] == pytest.approx(((gaps > 0) + 0.5 * (gaps == 0)).double().mean().item(), abs=0.01)
+    study = module.test_step(data.arrays("test"), 0)
+    rows = findings(study, n_resamples=5)["judges"]
+    for record in study.judges:
+        row = rows[record.name]
+        own = [level["auc"] for level in found.get(record.name, [])]
+        assert row["levels"] == found.get(record.name, [])
+        assert row["trained_auc"] == (pytest.approx(sum(own) / len(own)) if own else None)
+        assert trained_auc(record) == row["trained_auc"]
+        assert row["valid"] == ((row["trained_auc"] if own else row["vanilla_auc"]) >= 0.8)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Three classes, two channels, lengths from half to all of the steps."""
+    folder = tmp_path_factory.mktemp("uneven")
+    drawn = synthetic_series(
+        60, 30, n_steps=32, n_channels=2, n_classes=3, rule="bump", noise=0.4, variable_length=True, seed=5
+    )
+    return drawn.write(folder, "Toy", ".ts")
+
+
+@pytest.fixture(scope="module")
+def varied(uneven):
+    """Two attacked discriminators, a mixture, PGD and SGM plans, calibrated logits, four validation batches."""
+    plan = {"start": 0.4, "n_levels": 2, "gamma": 0.5, "epochs_per_level": 2}
+    pgd, ball = Attack(Vanilla(), PGDStep(), projection=Linf(), n_steps=3), {"projection": Linf(), "n_steps": 6}
+    discriminators = [
+        DiscriminatorPlan(
+            name="a",
+            network=network,
+            attack=IFGSM,
+            training_attacks="ifgsm",
+            mixture=[TrainingAttack(name="pgd", attack=pgd, start=1.0)],
+            seed=1,
+            **plan,
+        ),
+        DiscriminatorPlan(name="b", network=network, attack=IFGSM, training_attacks="ifgsm", seed=3, **plan),
+        DiscriminatorPlan(
+            name="h",
+            role="held_out",
+            network=small_lstm,
+            attack=Attack(Vanilla(), Momentum(), n_steps=3),
+            training_attacks="momentum",
+            seed=2,
+            **plan,
+        ),
+    ]
+    attacks = [
+        AttackPlan(name="pgd", family="pgd", attack=Attack(Vanilla(), PGDStep(), **ball), radii=[0.1, 0.5]),
+        AttackPlan(
+            name="pgd sum",
+            family="pgd",
+            attack=Attack(SumReg(), PGDStep(), **ball),
+            radii=[0.1, 0.5],
+            alphas=[0.1, 1.0],
+            calibrate=True,
+        ),
+        AttackPlan(
+            name="sgm", family="sgm", attack=Attack(Vanilla(), AdamStep(0.1, nu=0.1, lam=0.1), **ball), radii=[0.5]
+        ),
+    ]
+    return fitted(
+        uneven,
+        batch_size=16,
+        eval_batch_size=4,
+        n_channels=2,
+        n_classes=3,
+        n_steps=32,
+        classifier_epochs=3,
+        discriminators=discriminators,
+        attacks=attacks,
+    )
+
+
+def test_every_validation_series_is_in_the_choice_whatever_the_batches(varied):
+    module, data, trainer, _ = varied
+    assert trainer.num_val_batches == [4]
+    validation, train = data.arrays("validation"), data.arrays("train")
+    n_series = len(validation["labels"]) + len(train["labels"])
+    assert {len(scores) for scores in module.found["calibration"].values()} == {n_series}
+    assert {name: tuple(choice["effectiveness"].shape) for name, choice in module.found["chosen"].items()} == {
+        "pgd": (2, 7),
+        "pgd sum": (4, 7),
+        "sgm": (1, 7),
+    }
+    for name, choice in module.found["chosen"].items():
+        assert choice["radius"] in (0.1, 0.5)
+        assert choice["step"] is None
+        assert (choice["alpha"] in (0.1, 1.0)) == (name == "pgd sum")
+    # the iterate 0 of every run is the clean series: EFF is 1 - macro F1 of the victim on all validation series
+    called = module(validation["series"], validation["mask"]).argmax(1)
+    labels = validation["labels"]
+    f1 = [
+        2 * ((called == k) & (labels == k)).sum() / ((called == k).sum() + (labels == k).sum()).clamp_min(1)
+        for k in range(3)
+    ]
+    # float32 mean of three
+    assert module.found["chosen"]["pgd"]["effectiveness"][0, 0] == pytest.approx(1 - float(sum(f1)) / 3, abs=1e-6)
+
+
+def test_calibrated_attacks_divide_by_the_median_confidence_of_validation(varied):
+    module, data, *_ = varied
+    validation = data.arrays("validation")
+    chosen = module.found["chosen"]
+    assert chosen["pgd"]["scales"] is None
+    scales = chosen["pgd sum"]["scales"]
+    with torch.no_grad():
+        best = module(validation["series"], validation["mask"]).double().sort(1).values
+        # float32 logits of other batches
+        assert scales["victim_scale"] == pytest.approx(float((best[:, -1] - best[:, -2]).quantile(0.5)), rel=1e-4)
+        for scale, detector in zip(scales["detector_scale"], module.attacked_networks(), strict=True):
+            logits = detector.eval()(validation["series"], validation["mask"])[:, 0]
+            assert scale == pytest.approx(float(logits.double().abs().quantile(0.5)), rel=1e-4)
+
+
+def test_masked_series_of_three_classes_are_attacked_where_they_are_valid(varied):
+    module, data, *_ = varied
+    batch = data.arrays("test")
+    study = module.test_step(batch, 0)
+    assert [judge.role for judge in study.judges[:3]] == ["attacked", "attacked", "held_out"]
+    for attack in study.attacks:
+        moved = attack.x_adv - batch["series"]
+        assert bool((moved[~batch["mask"]] == 0).all()), "padding stays"
+        # the ball, and a rounding of values of at most 8
+        assert 0 < float(moved.abs().max()) <= module.found["chosen"][attack.name]["radius"] + 1e-6
+        assert attack.logits.shape == (7, len(batch["labels"]), 3)
+        assert attack.detector_logits.shape == (7, 2, len(batch["labels"]))
+    found = findings(study, n_resamples=5)
+    assert set(found["attacks"]["pgd sum"]["attacked"]) == {"published", "max"}
+    parts = [
+        module.test_step({key: value[rows] for key, value in batch.items()}, 0) for rows in (slice(7), slice(7, None))
+    ]
+    joined = type(study).join(parts)
+    for whole, pieces in zip(study.attacks, joined.attacks, strict=True):
+        # a sign may turn where a gradient is about zero: most series are the same
+        same = (whole.x_adv - pieces.x_adv).abs().amax((1, 2)) < 1e-4
+        assert same.double().mean() > 0.8
+
+
+def test_a_mixture_shows_each_of_its_attacks_at_its_own_strength(varied):
+    module, data, *_ = varied
+    series = data.arrays("train")["series"]
+    kept = module._banks["train/0"].state()
+    assert set(kept) == {"0/0", "0/1", "1/0", "1/1"}
+    for level, radius in ((0, 1.0), (1, 0.5)):
+        known = kept[f"{level}/1"]["known"]
+        moved = (kept[f"{level}/1"]["series"] - series)[known].abs().amax((1, 2))
+        assert len(moved) > 0
+        # three steps of 2.5 / 3 of the radius reach the ball's face somewhere; a rounding of values of at most 8
+        torch.testing.assert_close(moved, torch.full_like(moved, radius), rtol=0, atol=2e-6)
+    assert module.plans[0].provenance(network(2, 2, 32))["training_attacks"] == (
+        "ifgsm, Vanilla SignStep, pgd, Vanilla PGDStep Linf"
+    )
+    levels = [(level["attack"], level["strength"]) for level in module.found["levels"]["a"]]
+    assert levels == [("ifgsm", 0.4), ("pgd", 1.0), ("ifgsm", 0.2), ("pgd", 0.5)]
 
 
 def test_study_scores_are_those_of_the_chosen_iterate(run):
@@ -272,7 +482,9 @@ def test_rounds_attack_the_discriminators_as_they_are_when_a_round_begins(folder
     module, *_ = fitted(
         folder, discriminators=plans, classifier_epochs=2, n_folds=0, fitted_judges=False, callbacks=[Watch()]
     )
-    assert module.found["calibration"] == {}
+    assert {name: len(scores) for name, scores in module.found["calibration"].items()} == {"a": 24, "b": 24}
+    levels = [(level["attack"], level["strength"], level["concealed"]) for level in module.found["levels"]["a"]]
+    assert levels == [("ifgsm", 0.3, False), ("concealed", None, True)]
     assert len(watched.calls) >= 4, "training batches and validation of both plans"
     for _, weights in watched.calls:
         assert len(weights) == 2
@@ -341,6 +553,10 @@ def _twin(**change):
         ({"discriminators": _twin(seed=1)}, "must differ in seed, got 1 in both"),
         ({"discriminators": _twin(network=network)}, "must differ in architecture"),
         ({"discriminators": _twin(training_attacks="ifgsm")}, "must differ in training_attacks, got .*ifgsm.* in both"),
+        (
+            {"discriminators": _twin(mixture=[TrainingAttack(name="other", attack=IFGSM, start=0.1)], attack=PGD)},
+            "must differ in training_attacks, got Vanilla SignStep in both",
+        ),
         ({"discriminators": _twin(name="a")}, "names of discriminators and of attacks must differ"),
         ({"n_folds": 1}, "n_folds must be 0 or at least 2, got 1"),
         ({"predict_attack": "other"}, "predict_attack must be one of"),

@@ -11,6 +11,7 @@ from scipy.stats import beta
 from torch.utils.data import DataLoader
 
 from lightning_modules.attacks.findings import findings, vanilla_attacks
+from lightning_modules.attacks.study import SeenLevel
 from lightning_modules.callbacks import AttackReport
 from lightning_modules.callbacks.attack_text import judges_table, sentences, table
 
@@ -190,11 +191,22 @@ def test_an_attack_equal_to_its_vanilla_one_gains_nothing(attack_study):
     assert "the interval holding zero: ifgsm sum (+0.000 [+0.000, +0.000])" in text(found)
 
 
+def warping_distance(one, other, radius):
+    """The recursion of dynamic time warping, cell by cell."""
+    cost = np.full((len(one) + 1, len(other) + 1), np.inf)
+    cost[0, 0] = 0
+    for i in range(len(one)):
+        for j in range(max(0, i - radius), min(len(other), i + radius + 1)):
+            least = min(cost[i, j], cost[i, j + 1], cost[i + 1, j])
+            cost[i + 1, j + 1] = ((one[i] - other[j]) ** 2).sum() + least
+    return np.sqrt(cost[-1, -1])
+
+
 def test_size_and_effort_by_hand(make_attack_study):
     study = make_attack_study(n=10, n_channels=2, variable_length=True)
     attack = replace(study.attacks[1], n_bad_gradients=torch.full((10,), 2), n_zero_gradients=torch.full((10,), 5))
     row = findings(replace(study, attacks=(attack,)), n_resamples=5)["attacks"]["ifgsm sum"]
-    sizes, bends, rough = [], [], []
+    sizes, bends, rough, warped = [], [], [], []
     for clean, moved, valid in zip(study.series.double(), attack.x_adv.double(), study.mask, strict=True):
         clean, moved = clean[valid].numpy(), moved[valid].numpy()
         delta = (moved - clean).ravel()
@@ -202,8 +214,10 @@ def test_size_and_effort_by_hand(make_attack_study):
         sizes.append([np.abs(delta).sum(), l2, np.abs(delta).max(), l2 / np.linalg.norm(clean)])
         bends.append(np.abs(np.diff(clean, 2, axis=0)).mean())
         rough.append(np.abs(np.diff(moved, 2, axis=0)).mean())
+        warped.append(warping_distance(clean, moved, radius=3))  # a tenth of 30 steps
     assert list(row["norms"].values()) == pytest.approx(np.mean(sizes, 0).tolist(), rel=1e-12)  # sums in another order
     assert row["roughness_ratio"] == pytest.approx(np.mean(rough) / np.mean(bends), rel=1e-12)
+    assert row["dtw"] == {"mean": pytest.approx(np.mean(warped), rel=1e-12), "radius": 3}
     assert row["bad_gradients"] == pytest.approx(0.2)  # 2 of 10 gradients
     assert row["zero_gradients"] == pytest.approx(0.5)
     assert row["seconds_per_series"] == pytest.approx(0.01)
@@ -239,6 +253,47 @@ def test_the_headline_is_chosen_on_validation(attack_study, found):
     assert f"against held-out judges: {middle:.2f} [{low:.2f}, {high:.2f}]** for *ifgsm sum*" in first
     assert f"{worst['worst']:.2f} against *{worst['judge']}*" in first
     assert "so concealment adds +" in first
+
+
+def levels_of(*aucs):
+    """A judge's own levels, and a round that counts for nothing."""
+    vanilla = [SeenLevel("ifgsm", 0.1 / (1 + number), False, auc) for number, auc in enumerate(aucs)]
+    return (*vanilla, SeenLevel("concealed", None, True, 0.1))
+
+
+def test_a_trained_judge_is_valid_by_its_own_levels(attack_study):
+    """It may see vanilla attacks well and its own badly, and the other way round."""
+    study = with_judge(attack_study, ATTACKED, levels=levels_of(0.9, 0.6))
+    study = with_judge(study, "LSTM, seed 9", levels=levels_of(0.95, 0.75))
+    found = findings(study, n_resamples=5)
+    seeing, blind = found["judges"]["LSTM, seed 9"], found["judges"][ATTACKED]
+    assert blind["vanilla_auc"] > 0.8 > seeing["vanilla_auc"]
+    assert (blind["trained_auc"], blind["valid"]) == (pytest.approx(0.75), False)
+    assert (seeing["trained_auc"], seeing["valid"]) == (pytest.approx(0.85), True)
+    assert "LSTM, seed 9" in found["panel"]
+    assert blind["levels"][1] == {"attack": "ifgsm", "strength": 0.05, "concealed": False, "auc": 0.6}
+    why = "its mean AUC on the attacks it was trained against is 0.75 on validation"
+    assert f"*{ATTACKED}* is not a valid judge: {why}, at least 0.80 is asked for" in text(found)
+    rows = "\n".join(judges_table(found))
+    assert f"| 0.75 (0.60 to 0.90) | not a valid judge: {why} |" in rows
+    assert "| 0.85 (0.75 to 0.95) | yes |" in rows
+    assert "| trained on none | yes |" in rows
+
+
+def test_a_gain_before_a_blind_detector_or_without_a_success_is_qualified(attack_study, found):
+    assert "- But" not in text(found)
+    blind = text(findings(with_judge(attack_study, ATTACKED, levels=levels_of(0.5)), n_resamples=5))
+    pays, rest = blind.split("Does it survive judges it never saw?")
+    assert (
+        f"- But *{ATTACKED}* is not a valid judge (its mean AUC on the attacks it was trained against is 0.50" in pays
+    )
+    assert "- But" not in rest
+    still = with_attack(attack_study, "ifgsm sum", logits=attack_study.clean_logits.expand(11, -1, -1))
+    lines = text(findings(still, n_resamples=5)).split("\n")
+    assert [line for line in lines if line.startswith("- But")] == [
+        "- But *ifgsm sum* fools none of the 38 series that were called rightly: its EFF is the victim's own errors, "
+        "its F no success."
+    ]
 
 
 def test_verdicts_follow_the_numbers(attack_study, found):
@@ -332,7 +387,7 @@ def test_tables_have_one_row_an_attack_and_one_a_judge(attack_study, found):
     assert f"| ifgsm sum | {row['effectiveness']:.2f} | {cell} |" in lines[5]
     assert lines[5].endswith(f"| {row['accuracy']:.2f} | {norms['linf']:.3g} | {norms['l2']:.3g} |")
     assert len(judges_table(found)) == 2 + len(attack_study.judges)
-    assert {line.count("|") for line in judges_table(found)} == {8}
+    assert {line.count("|") for line in judges_table(found)} == {9}
     piped = findings(with_attack(attack_study, "sgm", name="a|b"), n_resamples=5)
     assert "| a\\|b |" in "\n".join(table(piped))
 

@@ -7,14 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_modules.attacks.judges import NearestNeighbourJudge
 from lightning_modules.attacks.thresholds import (
     Threshold,
     binomial_share,
     conformal_threshold,
-    cross_fitted_scores,
     n_clean_required,
-    stratified_folds,
 )
 
 
@@ -100,43 +97,6 @@ def test_realised_rate_counts_strictly_above():
     assert found == binomial_share(1, 4)
 
 
-def test_cross_fitting_never_scores_a_series_by_a_judge_that_saw_it():
-    series = torch.randn(23, 8, 1)
-    mask = torch.arange(8) < torch.randint(4, 9, (23,))[:, None]
-    folds = stratified_folds(np.arange(23) % 2, 4, seed=1)
-    seen = []
-
-    def fit(rows):
-        seen.append(rows)
-        judge = NearestNeighbourJudge()
-        judge.fit(series[rows], mask[rows])
-        return judge
-
-    found = cross_fitted_scores(fit, series, folds, mask)
-    # a judge that had seen the series would give 0
-    assert bool((found > 0).all())
-    for fold, rows in enumerate(seen):
-        assert sorted(np.concatenate([rows, np.flatnonzero(folds == fold)])) == list(range(23))
-        for row in np.flatnonzero(folds == fold):
-            apart = []
-            for other in rows:
-                both = mask[row] & mask[other]
-                apart.append((series[row].double() - series[other].double())[both].square().mean().sqrt())
-            # float64 sums of 8 squares
-            assert float(found[row]) == pytest.approx(float(min(apart)), rel=1e-12)
-
-
-@settings(max_examples=25, deadline=None)
-@given(labels=st.lists(st.integers(0, 3), min_size=4, max_size=50), n_folds=st.integers(2, 4), seed=st.integers(0, 9))
-def test_folds_are_even_in_total_and_in_each_class(labels, n_folds, seed):
-    labels = np.array(labels)
-    folds = stratified_folds(labels, n_folds, seed)
-    for part in [np.ones(len(labels), bool), *(labels == label for label in np.unique(labels))]:
-        sizes = np.bincount(folds[part], minlength=n_folds)
-        assert sizes.max() - sizes.min() <= 1
-    assert (folds == stratified_folds(labels, n_folds, seed)).all()
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -148,9 +108,6 @@ def test_folds_are_even_in_total_and_in_each_class(labels, n_folds, seed):
         (lambda: binomial_share(0, 0), "got 0 of 0"),
         (lambda: binomial_share(1, 2, 1.0), "level must lie strictly between 0 and 1"),
         (lambda: Threshold(0.5, 3, 1.0).realised(torch.zeros(0)), "got 0 of 0"),
-        (lambda: stratified_folds(np.zeros(3, int), 4), "got 4 for shape"),
-        (lambda: cross_fitted_scores(None, torch.zeros(3, 2, 1), np.zeros(3, int)), "at least 2 folds"),
-        (lambda: cross_fitted_scores(None, torch.zeros(3, 2, 1), np.arange(2)), r"folds must be \(3,\)"),
     ],
 )
 def test_bad_input_ends_in_one_line(call, message):

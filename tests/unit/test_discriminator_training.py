@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from lightning_modules.attacks import Attack, HarmonicReg, Linf, PGDStep, SignStep, SumReg, Vanilla
-from lightning_modules.attacks.discriminators import AdversarialBank, AttackPlan, DiscriminatorPlan, detection_loss
+from lightning_modules.attacks.discriminators import (
+    AdversarialBank,
+    AttackPlan,
+    DiscriminatorPlan,
+    TrainingAttack,
+    detection_loss,
+)
 from lightning_modules.networks import ResCNN
 
 IFGSM = Attack(Vanilla(), SignStep(), n_steps=3)
@@ -20,7 +26,8 @@ def test_levels_weaken_by_gamma_and_rounds_follow():
     plan = plan_of(
         start=0.4, gamma=0.5, n_levels=3, epochs_per_level=4, n_rounds=2, round_attack=Attack(SumReg(), SignStep())
     )
-    assert [level.strength for level in plan.levels] == [0.4, 0.2, 0.1, None, None], "rounds have their own strength"
+    strengths = [one.strength for level in plan.levels for one in level.attacks]
+    assert strengths == [0.4, 0.2, 0.1, None, None], "rounds have their own strength"
     assert [level.concealed for level in plan.levels] == [False, False, False, True, True]
     assert plan.n_epochs == 20
     assert [plan.level_at(epoch) for epoch in (0, 3, 4, 11, 12, 19, 50)] == [0, 0, 1, 2, 3, 4, 4]
@@ -37,7 +44,8 @@ def test_provenance_names_what_it_is_made_of():
 def test_the_bank_makes_every_series_once_and_replays_earlier_levels():
     made = []
 
-    def make(level, rows):
+    def make(level, attack, rows):
+        assert attack == 0
         made.append((level, rows.tolist()))
         return (100.0 * level + rows)[:, None, None].expand(-1, 4, 1).clone()
 
@@ -55,6 +63,52 @@ def test_the_bank_makes_every_series_once_and_replays_earlier_levels():
     assert share == pytest.approx(0.6, abs=0.07)
     assert set(levels.unique().tolist()) == {0, 1, 2}
     assert (bank.sample(2, rows, replay=0.0)[:, 0, 0] // 100 == 2).all()
+
+
+def test_a_mixture_weakens_each_attack_from_its_own_start():
+    mixture = [
+        TrainingAttack(name="pgd", attack=Attack(Vanilla(), PGDStep(), projection=Linf()), start=2.0),
+        TrainingAttack(name="long ifgsm", attack=Attack(Vanilla(), SignStep(), n_steps=30), start=0.1),
+    ]
+    plan = plan_of(
+        start=0.4, gamma=0.5, n_levels=2, mixture=mixture, n_rounds=1, round_attack=Attack(SumReg(), SignStep())
+    )
+    shown = [[(one.name, one.strength) for one in level.attacks] for level in plan.levels]
+    assert shown == [
+        [("ifgsm", 0.4), ("pgd", 2.0), ("long ifgsm", 0.1)],
+        [("ifgsm", 0.2), ("pgd", 1.0), ("long ifgsm", 0.05)],
+        [("concealed", None)],
+    ]
+    assert plan.levels[1].attacks[2].attack.n_steps == 30
+    network = ResCNN(n_channels=1, n_classes=2, n_steps=20, n_filters=2)
+    listed = plan.provenance(network)["training_attacks"]
+    assert listed == "ifgsm, Vanilla SignStep, pgd, Vanilla PGDStep Linf, long ifgsm, concealed"
+
+
+def test_the_bank_draws_attacks_alike_beside_replay():
+    bank = AdversarialBank(
+        3, lambda level, attack, rows: (100.0 * level + 10 * attack + rows)[:, None, None].expand(-1, 4, 1).clone()
+    )
+    rows = torch.tensor([2, 0, 1])
+    torch.manual_seed(0)
+    shown = torch.stack([bank.sample(1, rows, 0.5, n_attacks=[2, 3])[:, 0, 0] for _ in range(400)])
+    assert torch.equal(shown % 10, rows.float().expand_as(shown)), "each series stays itself"
+    found = {
+        int(cell): share / shown.numel() for cell, share in zip(*(shown // 10).unique(return_counts=True), strict=True)
+    }
+    # level 0 with 0.5 / 2, its two attacks alike; level 1 with the rest, its three alike
+    expected = {0: 0.125, 1: 0.125, 10: 0.25, 11: 0.25, 12: 0.25}
+    assert found == pytest.approx(expected, abs=0.05)  # 1,200 draws: deviations of at most 0.0125
+    copy = AdversarialBank(3, lambda *_: pytest.fail("made once already"))
+    copy.load_state(bank.state())
+    for level, attack in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
+        assert torch.equal(copy.get(level, rows, attack), bank.get(level, rows, attack))
+
+
+@pytest.mark.parametrize(("name", "start"), [("pgd", 0.0), ("", 1.0), ("pgd", float("nan"))])
+def test_a_training_attack_needs_name_and_strength(name, start):
+    with pytest.raises(ValueError, match="needs a name and start above 0"):
+        TrainingAttack(name=name, attack=IFGSM, start=start)
 
 
 def test_loss_weighs_clean_and_adversarial_alike():
@@ -76,6 +130,10 @@ def test_loss_weighs_clean_and_adversarial_alike():
         ({"n_rounds": 1}, "n_rounds 1 of discriminator 'd' need a round_attack, got none"),
         ({"attack": Attack(SumReg(), SignStep())}, "must be vanilla and untargeted"),
         ({"attack": Attack(Vanilla(), SignStep(0.1), projection=Linf())}, "which the step must follow"),
+        (
+            {"mixture": [TrainingAttack(name="sum", attack=Attack(SumReg(), SignStep()), start=0.1)]},
+            "attack 'sum' of discriminator 'd' must be vanilla",
+        ),
     ],
 )
 def test_wrong_plans_end_in_one_line(settings, message):
