@@ -30,6 +30,7 @@ from lightning_modules.run_folder import (
 LINKS = (
     *("n_items", "max_length", "recommend_seen", "target", "item_counts"),
     *("n_channels", "n_classes", "n_steps", "class_names", "is_z_normed"),
+    *("vocabulary_sizes", "n_numeric", "median_gap"),
 )
 # Module that is missing -> extra that brings it.
 EXTRAS = {
@@ -41,6 +42,7 @@ EXTRAS = {
     "joblib": "tda",
     "sktime": "timeseries",
     "tslearn": "timeseries",
+    "lightgbm": "events",
 }
 _IRRELEVANT = (
     # batches are assembled whole in well under a millisecond: worker processes would only cost copies
@@ -72,6 +74,18 @@ class _Parser(LightningArgumentParser):
         if ex is not None and os.environ.get(TRACEBACK_VARIABLE):
             raise ex
         _fail(_missing_extra(message) or message)
+
+
+# How every command builds its parser and its objects.
+CLI_OPTIONS: dict[str, Any] = {
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "seed_everything_default": 42,
+    "auto_configure_optimizers": False,
+    "load_from_checkpoint_support": False,
+    "save_config_callback": SaveRunConfig,
+    "parser_class": _Parser,
+}
 
 
 class _Printed(logging.Handler):
@@ -204,16 +218,11 @@ def main() -> None:
     for message in _IRRELEVANT:
         warnings.filterwarnings("ignore", message=message)
     try:
-        SeqlitCLI(
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=42,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_callback=SaveRunConfig,
-            trainer_defaults={"callbacks": [RandomState(), EpochLines()]},
-            parser_class=_Parser,
-        )
+        if sys.argv[1:2] == ["audit"]:
+            from lightning_modules.audit_command import audit_main  # which builds on this module
+
+            sys.exit(audit_main(sys.argv[2:]))
+        SeqlitCLI(**CLI_OPTIONS, trainer_defaults={"callbacks": [RandomState(), EpochLines()]})
     except (ValueError, OSError, ImportError, MisconfigurationException, RuntimeError) as error:
         foreign = isinstance(error, RuntimeError) and not str(error).startswith(_USERS_RUNTIME_ERRORS)
         if foreign or os.environ.get(TRACEBACK_VARIABLE):

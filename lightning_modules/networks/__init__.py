@@ -1,5 +1,13 @@
 """Plain ``nn.Module`` networks, free of Lightning."""
 
+from lightning_modules.networks.event_attention import StateSpaceEncoder, TransformerEncoder
+from lightning_modules.networks.event_encoders import (
+    EncoderFactory,
+    EventEmbedding,
+    EventEncoder,
+    RecurrentEncoder,
+    encode_table,
+)
 from lightning_modules.networks.patch_tst import PatchTST
 from lightning_modules.networks.recurrent import LSTM, RNNAttention
 from lightning_modules.networks.repeat import RepeatMixture
@@ -19,17 +27,24 @@ __all__ = [
     "LSTM",
     "S4",
     "ConvAutoencoder",
+    "EncoderFactory",
+    "EventEmbedding",
+    "EventEncoder",
     "LSTMAutoencoder",
     "NetworkFactory",
     "PatchTST",
     "PreNormBlock",
     "PublishedBlock",
     "RNNAttention",
+    "RecurrentEncoder",
     "RepeatMixture",
     "ResCNN",
     "SelfAttention",
     "SequenceEncoder",
     "SeriesNetwork",
+    "StateSpaceEncoder",
+    "TransformerEncoder",
     "WindowAutoencoder",
     "causal_mask",
+    "encode_table",
 ]

@@ -22,6 +22,7 @@ MAY_NOT_IMPORT = {
 # Plain mathematics: usable without Lightning.
 FREE_OF_LIGHTNING = ("lightning_modules/networks", "lightning_modules/losses", "lightning_modules/metrics")
 FREE_OF_LIGHTNING += ("lightning_modules/portfolio", "lightning_modules/topology", "lightning_modules/attacks")
+FREE_OF_LIGHTNING += ("lightning_modules/context",)
 FREE_OF_LIGHTNING += ("lightning_modules/ranking.py", "lightning_modules/baselines.py")
 
 
@@ -93,7 +94,7 @@ def test_packages_import_without_the_extras():
     """giotto-tda is AGPL and the others are optional: nothing imports them until it is used."""
     code = (
         "import sys, lightning_modules.cli, lightning_modules.portfolio.walk, lightning_modules.topology, datamodules;"
-        "extras = {'gtda', 'gudhi', 'sklearn', 'clarabel', 'sktime', 'tslearn', 'wandb'} & set(sys.modules);"
+        "extras = {'gtda', 'gudhi', 'sklearn', 'clarabel', 'sktime', 'tslearn', 'lightgbm', 'wandb'} & set(sys.modules);"
         "assert not extras, extras"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -148,7 +149,8 @@ def test_readme_commands_exist(project):
             assert (project / name).is_file(), f"{document.relative_to(project)} names {name}"
             seen.add(name)
         for word in re.findall(r"\bseqlit (\w+)\b --", text):
-            assert word in {"fit", "validate", "test", "predict"}, f"{document.relative_to(project)}: seqlit {word}"
+            known = {"fit", "validate", "test", "predict", "audit"}
+            assert word in known, f"{document.relative_to(project)}: seqlit {word}"
     assert {"scripts/quickstart.sh", "scripts/test.sh", "configs/sasrec_cce/online_retail.yaml"} <= seen
 
 

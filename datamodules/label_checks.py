@@ -1,0 +1,144 @@
+"""Does a feature, or the time of a query, tell the label? AUC of each feature at the query, and by age of the event.
+
+A feature that is filled in after the outcome tells it, and so does a query time that depends on it. A high AUC is a
+suspicion, a low one no proof: a leak may need two features, or an order of events.
+
+Source: kernel_attention.md, section 15.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from datamodules.event_preparation import EventLog, Ints
+from datamodules.sources.events import MISSING
+
+SUSPICIOUS = 0.9
+"""Two-sided AUC from which a feature is warned of."""
+
+LEAST = 20
+"""Users of the rarer class from which an AUC is looked at; by chance it then strays from 0.5 by about 0.07.
+
+Users and not queries: what is asked of one user again and again is one observation.
+"""
+
+_MOST_CLASSES = 10
+_N_AGES = 4
+
+Array = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def two_sided_auc(scores: Array, positive: Bools, users: Ints) -> float:
+    """max(AUC, 1 - AUC) with midranks for ties; NaN where a class has fewer than ``LEAST`` users.
+
+    Args:
+        scores: ``(Q,)``.
+        positive: ``(Q,)``.
+        users: ``(Q,)``.
+    """
+    n_positive = int(positive.sum())
+    n_negative = len(positive) - n_positive
+    if (
+        min(n_positive, n_negative) < LEAST
+        or min(len(np.unique(users[side])) for side in (positive, ~positive)) < LEAST
+    ):
+        return float("nan")
+    ranks = rankdata(scores)
+    auc = (ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+    return float(max(auc, 1 - auc))
+
+
+def check_labels(
+    log: EventLog, queries: dict[str, Any], categorical: Sequence[str], numeric: Sequence[str]
+) -> list[dict[str, Any]]:
+    """One row for each feature and for the delay since the first event.
+
+    Scores are the last value before t of each numeric feature, whether it is missing, whether it is 0; for a
+    categorical one the rate of the class at that value among every second user, smoothed by the overall rate, judged
+    on the other users. With several classes each of the most frequent ones is set against the rest, and the worst
+    counts. Ages are quartiles of t minus the time of the event that the value comes from.
+
+    Args:
+        log: The events.
+        queries: Queries of one target, arrays of NumPy.
+        categorical: Categorical features.
+        numeric: Numeric features.
+
+    Returns:
+        Rows with ``feature``, ``what`` (value, missing, zero, delay), ``auc``, ``auc_by_age`` (four, youngest first;
+        None where there are too few users), and ``worst``, the largest of them.
+    """
+    users, times, labels = queries["users"], queries["times"], queries["labels"]
+    if not len(users):
+        return []
+    row = log.before(users, times) - 1
+    age = times - log.times[row]
+    # Quartiles of ranks would tear ties apart: equal ages are one bin.
+    quartile = np.searchsorted(np.quantile(age, [0.25, 0.5, 0.75]), age, side="left")
+    delay = (times - log.times[log.offsets[users]]).astype(np.float64)
+    classes, counts = np.unique(labels, return_counts=True)
+    frequent = classes[np.argsort(-counts, kind="stable")][:_MOST_CLASSES]
+    chosen = [1] if queries["n_classes"] == 2 else frequent.tolist()
+
+    rows = [_row("time of the query", "delay", [delay], labels, users, chosen, quartile)]
+    for name in numeric:
+        value = log.numbers[name][row]
+        missing = np.isnan(value)
+        filled = np.where(missing, -np.inf, value)
+        scores = {"value": filled, "missing": missing.astype(np.float64), "zero": (value == 0).astype(np.float64)}
+        rows += [_row(name, what, [score], labels, users, chosen, quartile) for what, score in scores.items()]
+    fitted = users % 2 == 0
+    for name in categorical:
+        code = log.codes[name][row]
+        rates = [_rates(code, labels == label, fitted, len(log.names[name])) for label in chosen]
+        judged = [rate[code[~fitted]] for rate in rates]
+        rows.append(_row(name, "value", judged, labels[~fitted], users[~fitted], chosen, quartile[~fitted]))
+        if MISSING in log.names[name]:
+            missing = (code == log.names[name].index(MISSING)).astype(np.float64)
+            rows.append(_row(name, "missing", [missing], labels, users, chosen, quartile))
+    return rows
+
+
+def warnings_of(target: str, rows: list[dict[str, Any]]) -> list[str]:
+    """One line for each suspicious row."""
+    return [
+        f"target {target!r}: {row['what']} of {row['feature']!r} tells the label, two-sided AUC {row['worst']:.3f}: is "
+        "it filled in after the outcome, or the query chosen by it?"
+        for row in rows
+        if row["worst"] is not None and row["worst"] > SUSPICIOUS
+    ]
+
+
+def _rates(code: NDArray[np.int32], positive: Bools, fitted: Bools, n_names: int) -> Array:
+    """Rate of a class at each category among the fitted queries, drawn to the overall rate by one query."""
+    n = np.bincount(code[fitted], minlength=n_names)
+    hits = np.bincount(code[fitted], weights=positive[fitted], minlength=n_names)
+    overall = positive[fitted].mean() if fitted.any() else 0.0
+    return np.asarray((hits + overall) / (n + 1), dtype=np.float64)
+
+
+def _row(
+    feature: str, what: str, scores: list[Array], labels: Ints, users: Ints, chosen: list[int], quartile: Ints
+) -> dict[str, Any]:
+    if len(scores) == 1:
+        scores = scores * len(chosen)
+
+    def worst(among: Bools) -> float | None:
+        found = [two_sided_auc(s[among], labels[among] == k, users[among]) for s, k in zip(scores, chosen, strict=True)]
+        known = [auc for auc in found if not np.isnan(auc)]
+        return max(known) if known else None
+
+    overall = worst(np.ones(len(labels), dtype=bool))
+    by_age = [worst(quartile == number) for number in range(_N_AGES)]
+    known = [auc for auc in (overall, *by_age) if auc is not None]
+    return {
+        "feature": feature,
+        "what": what,
+        "auc": overall,
+        "auc_by_age": by_age,
+        "worst": max(known) if known else None,
+    }

@@ -1,0 +1,257 @@
+"""Arms of a study and the controls that tell information about others from a calendar.
+
+Q queries, d width of the own state, k width of a context vector. An arm is a feature matrix with a name:
+
+========================== ============================= =======================================================
+name                       features                      what it stands for
+========================== ============================= =======================================================
+``own``                    q                             no context
+``own+time``               q, time                       what a calendar and the own history's dates tell
+``<aggregator>``           q, b                          context
+``<aggregator>+time``      q, time, b                    context beside a calendar
+``shuffled:<aggregator>``  q, b at another's moment      what any context of the same make does to a probe
+``shuffled+time:<...>``    q, time, b at another's ...   the same beside a calendar
+``gaussian``               q, noise                      k more columns with the moments of b
+``constant``               q, one vector                 the mean of the context users at one fixed time
+``wide``                   q of a wider encoder          as many columns without context
+========================== ============================= =======================================================
+
+Source: spec of arXiv 2502.10205, section 11.8.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_modules.context.visible import MICROSECONDS_PER_DAY
+
+TIME_FEATURES = (
+    "days",
+    "hour_sin",
+    "hour_cos",
+    "weekday_sin",
+    "weekday_cos",
+    "day_of_year_sin",
+    "day_of_year_cos",
+    "log_recency",
+    "log_count",
+    "log_span",
+)
+"""Columns of :func:`time_features`."""
+
+WITHOUT_CONTEXT = ("own", "own+time", "wide", "gaussian", "constant")
+"""Arms that no aggregator may be named after."""
+
+
+def time_features(
+    times: Tensor, own_last_times: Tensor, own_first_times: Tensor, n_events: Tensor, *, origin: int
+) -> Tensor:
+    """What a calendar and the dates of the own history say at a query.
+
+    Days since ``origin``; sine and cosine of the hour of the day, of the time of the week (from Monday) and of the
+    year, UTC, each a full turn; ln(1 + days since the last own event), ln(1 + own events), ln(1 + days between the
+    first and the last own event).
+
+    Args:
+        times: ``(Q,) int64`` microseconds since 1970 UTC.
+        own_last_times: ``(Q,) int64`` time of the last own event before the query; ignored without history.
+        own_first_times: ``(Q,) int64`` of the first.
+        n_events: ``(Q,) int64`` own events before the query, 0 without history; recency and span are then 0.
+        origin: Microseconds, the first time of train.
+
+    Returns:
+        ``(Q, 10) float32``, columns as :data:`TIME_FEATURES`.
+
+    Raises:
+        ValueError: If an own event lies after its query.
+    """
+    known = n_events > 0
+    late = torch.nonzero(known & (own_last_times > times)).flatten()
+    if len(late):
+        row = int(late[0])
+        raise ValueError(
+            f"own events must not lie after the query, got {own_last_times[row]} > {times[row]} in row {row}"
+        )
+
+    def days(microseconds: Tensor) -> Tensor:
+        return microseconds.double() / MICROSECONDS_PER_DAY
+
+    moments = times.cpu().numpy().astype("datetime64[us]")
+    year = moments.astype("datetime64[Y]")
+    start, end = (one.astype("datetime64[us]").astype(np.int64) for one in (year, year + 1))
+    turns = torch.stack(
+        [
+            days(times.cpu() % MICROSECONDS_PER_DAY),
+            # 1 January 1970 was a Thursday
+            (days(times.cpu()) + 3) % 7 / 7,
+            torch.from_numpy((moments.astype(np.int64) - start) / (end - start)),
+        ],
+        1,
+    ).to(times.device)
+    angles = 2 * torch.pi * turns
+    waves = torch.stack([angles.sin(), angles.cos()], 2).flatten(1)
+    recency = torch.where(known, days(times - own_last_times), 0.0)
+    span = torch.where(known, days(own_last_times - own_first_times), 0.0)
+    logs = torch.stack([recency, n_events.double(), span], 1).log1p()
+    return torch.cat([days(times - origin).unsqueeze(1), waves, logs], 1).float()
+
+
+def shuffled_times(times: Tensor, fold: Tensor, seed: int) -> Tensor:
+    """Query times permuted among the queries of each fold: the context of a random moment of the same fold.
+
+    Args:
+        times: ``(Q,) int64``.
+        fold: ``(Q,) int8``; no time crosses from one fold to another, so that training stays before its end.
+        seed: Of the permutation.
+
+    Returns:
+        ``(Q,) int64``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = times.clone()
+    for number in fold.unique().tolist():
+        rows = torch.nonzero(fold == number).flatten()
+        shuffled[rows] = times[rows[torch.randperm(len(rows), generator=generator).to(rows.device)]]
+    return shuffled
+
+
+def gaussian_like(b_train: Tensor, n: int, seed: int) -> Tensor:
+    """Gaussian noise with the mean and covariance of context vectors.
+
+    Args:
+        b_train: ``(Q_train, k) float`` context vectors of train queries, at least 1.
+        n: Rows to draw.
+        seed: Of the draw.
+
+    Returns:
+        ``(n, k)`` in the dtype of ``b_train``.
+
+    Raises:
+        ValueError: If there is no train query.
+    """
+    if len(b_train) == 0:
+        raise ValueError("gaussian_like needs at least 1 context vector of train, got 0")
+    values = b_train.double()
+    mean = values.mean(0)
+    centred = values - mean
+    variances, axes = torch.linalg.eigh(centred.T @ centred / len(values))
+    # A root by eigenvalues exists for singular covariances too, of fewer vectors than columns.
+    root = axes * variances.clamp_min(0).sqrt()
+    noise = torch.randn(n, values.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (mean + noise.to(root.device) @ root.T).to(b_train)
+
+
+def constant_context(vector: Tensor, n: int) -> Tensor:
+    """One context vector ``(k,)``, such as the mean state of the context users at a fixed time, for ``n`` queries."""
+    return vector.expand(n, -1)
+
+
+class Arm(NamedTuple):
+    """An arm, read from its name.
+
+    Attributes:
+        name: As in the table of this module.
+        source: Whose states and context it is made of: ``own``, ``wide``, ``gaussian``, ``constant`` or an aggregator.
+        has_time: Whether time features are in it.
+        is_shuffled: Whether the context is that of another moment.
+    """
+
+    name: str
+    source: str
+    has_time: bool
+    is_shuffled: bool
+
+    @property
+    def is_context(self) -> bool:
+        """Whether it is the context of its own moment, what is to be judged."""
+        return self.source not in WITHOUT_CONTEXT and not self.is_shuffled
+
+    @classmethod
+    def parse(cls, name: str) -> "Arm":
+        """From a name.
+
+        Raises:
+            ValueError: If the name is none of the table.
+        """
+        head, colon, aggregator = name.partition(":")
+        source, plus, time = (head if colon else name).partition("+")
+        valid = (not plus or time == "time") and bool(source)
+        if colon:
+            valid = valid and source == "shuffled" and bool(aggregator) and aggregator not in WITHOUT_CONTEXT
+        if not valid:
+            raise ValueError(f"an arm is [shuffled[+time]:]<aggregator>[+time], own, wide, ..., got {name!r}")
+        return cls(name, aggregator if colon else source, bool(plus), bool(colon))
+
+
+def arm_names(
+    aggregators: Sequence[str],
+    *,
+    time: bool = True,
+    shuffled: bool = True,
+    gaussian: bool = True,
+    constant: bool = True,
+    wide: bool = False,
+) -> tuple[str, ...]:
+    """Names of the arms of a study, controls first.
+
+    Args:
+        aggregators: Names without ``+`` and ``:``.
+        time: Adds time features beside each.
+        shuffled: Adds each aggregator at shuffled moments.
+        gaussian: Adds noise.
+        constant: Adds one vector.
+        wide: Adds the parameter-matched encoder.
+
+    Raises:
+        ValueError: If an aggregator's name would be read as another arm.
+    """
+    for name in aggregators:
+        if not name or {"+", ":"} & set(name) or name in WITHOUT_CONTEXT:
+            raise ValueError(
+                f"an aggregator's name must have no '+' or ':' and be none of {WITHOUT_CONTEXT}, got {name!r}"
+            )
+    names = ["own", *(["own+time"] if time else [])]
+    names += [name for name, asked in (("wide", wide), ("gaussian", gaussian), ("constant", constant)) if asked]
+    for name in aggregators:
+        names += [f"shuffled:{name}", *([f"shuffled+time:{name}"] if time else [])] if shuffled else []
+    for name in aggregators:
+        names += [name, *([f"{name}+time"] if time else [])]
+    return tuple(names)
+
+
+def assemble(
+    arms: Sequence[str], own: Tensor | Mapping[str, Tensor], time: Tensor, contexts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Feature matrices of arms: own state, then time features, then context.
+
+    Args:
+        arms: Names.
+        own: ``(Q, d)`` own states; by name where arms have encoders of their own, ``own`` for those that are not named.
+        time: ``(Q, 10)`` of :func:`time_features`.
+        contexts: By aggregator, ``shuffled:<aggregator>``, ``gaussian`` and ``constant``: ``(Q, k)`` context vectors;
+            by ``wide`` the states ``(Q, 2 d)`` of the wider encoder.
+
+    Returns:
+        By arm ``(Q, k) float32``.
+
+    Raises:
+        ValueError: If the vectors of an arm are missing or have another number of rows.
+    """
+    states = {"own": own} if isinstance(own, Tensor) else own
+    features = {}
+    for arm in map(Arm.parse, arms):
+        needed = f"shuffled:{arm.source}" if arm.is_shuffled else arm.source
+        if needed != "own" and needed not in contexts:
+            raise ValueError(f"arm {arm.name!r} needs the vectors of {needed!r}, got {sorted(contexts)}")
+        parts = [contexts["wide"] if arm.source == "wide" else states.get(arm.source, states["own"])]
+        parts += [time] if arm.has_time else []
+        parts += [contexts[needed]] if needed not in ("own", "wide") else []
+        if len({len(part) for part in parts}) > 1:
+            raise ValueError(
+                f"arm {arm.name!r} is made of different numbers of queries: {[len(part) for part in parts]}"
+            )
+        features[arm.name] = torch.cat([part.float() for part in parts], 1)
+    return features

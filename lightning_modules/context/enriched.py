@@ -1,0 +1,325 @@
+"""Own states of event sequences enriched with the states of others: encoder, context, aggregators in one module.
+
+B sequences, L steps, Q queries, E events, d width of the encoder, D width after combination. Source: spec of
+arXiv 2502.10205, sections 3, 5 and 6.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.context.aggregators import Aggregator, AggregatorFactory, Mean
+from lightning_modules.context.bank import ContextBank, own_states, sample_context_users
+from lightning_modules.context.combination import CombinationFactory
+from lightning_modules.context.positive_features import LinearKernel
+from lightning_modules.context.prefix_sums import PrefixMean, PrefixMoments
+from lightning_modules.context.visible import FOREVER, Events
+from lightning_modules.losses import ObjectiveFactory
+from lightning_modules.networks import EventEncoder, encode_table
+
+QUERIES_AT_A_TIME = 1024
+"""Queries whose context is looked up together, outside of training."""
+
+
+@dataclass(frozen=True)
+class ContextRules:
+    """What counts as context at a moment (spec 3.2).
+
+    Attributes:
+        n_users: Users in the context, drawn once by ``seed``; None takes all.
+        ties: ``"strict"``: events at the very moment of the query are not seen; ``"inclusive"``: they are.
+        include_self: Whether a user is context of itself.
+        exclude_group: Whether users of the query's own group are left out.
+        min_prefix: Least events of a user before it counts.
+        lag_days: States must be at least this old.
+        max_age_days: States older than this are not seen; None sees all.
+        max_rows: Most states a query sees, chosen by ``policy``; None sees all.
+        policy: ``"recent"`` or ``"random"``.
+        drop_last_prefix: Leaves out the state after a user's last event, as the released code does.
+        window: Each state is encoded from the last ``window`` events only; None from all.
+        before_first: Vector where nothing is visible: learned from 0, or random and fixed.
+        seed: Of the draws.
+    """
+
+    n_users: int | None = 1000
+    ties: Literal["strict", "inclusive"] = "strict"
+    include_self: bool = False
+    exclude_group: bool = False
+    min_prefix: int = 1
+    lag_days: float = 0.0
+    max_age_days: float | None = None
+    max_rows: int | None = None
+    policy: Literal["recent", "random"] = "recent"
+    drop_last_prefix: bool = False
+    window: int | None = None
+    before_first: Literal["learned", "random"] = "learned"
+    seed: int = 0
+
+    def published(self) -> "ContextRules":
+        """The released behaviour, by flags alone: inclusive ties, self in, prefixes 15..T-1, window 100."""
+        return replace(
+            self,
+            ties="inclusive",
+            include_self=True,
+            min_prefix=15,
+            drop_last_prefix=True,
+            window=100,
+            before_first="random",
+        )
+
+
+class Own(NamedTuple):
+    """The user's own history at queries.
+
+    Attributes:
+        states: ``(Q, d)``, the network's initial state where there is no history.
+        rows: ``(Q,) int64`` row of the last event before the query, -1 where there is none.
+    """
+
+    states: Tensor
+    rows: Tensor
+
+
+class Branch(nn.Module):
+    """An aggregator with the combination and the objective it is trained by, and its own encoder where that is tuned.
+
+    Args:
+        aggregator: None for the baseline without context, which is tuned as long as the others.
+        d: Width of the encoder.
+        combination: Factory.
+        objective: Factory.
+        facts: ``vocabulary_sizes`` and ``n_numeric`` of the data.
+        encoder: The branch's own copy; None shares the frozen one.
+    """
+
+    def __init__(
+        self,
+        aggregator: Aggregator | None,
+        *,
+        d: int,
+        combination: CombinationFactory,
+        objective: ObjectiveFactory,
+        facts: Mapping[str, Any],
+        encoder: EventEncoder | None,
+    ) -> None:
+        super().__init__()
+        self.aggregator = aggregator
+        self.combination = None if aggregator is None else combination(d=d, d_context=aggregator.d_out)
+        self.objective = objective(d=d if self.combination is None else self.combination.d_out, **facts)
+        self.encoder = encoder
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to train but heads that nobody reads later."""
+        if self.encoder is not None:
+            return True
+        parts = [part for part in (self.aggregator, self.combination) if part is not None]
+        return any(name != "empty_context" for part in parts for name, _ in part.named_parameters())
+
+    def enrich(
+        self, query: Tensor, bank: ContextBank | None, times: Tensor, users: Tensor, states: Tensor | None = None
+    ) -> Tensor:
+        """``(Q, D)`` own states combined with the context at ``times (Q,)`` of ``users (Q,)``."""
+        if self.aggregator is None or self.combination is None:
+            return query
+        assert bank is not None
+        return self.combination(query, self.aggregator(query, bank.context(times, users, states=states)))
+
+    def loss(
+        self,
+        encoder: EventEncoder,
+        bank: ContextBank | None,
+        batch: Mapping[str, Tensor],
+        *,
+        max_queries: int,
+        states: Tensor | None = None,
+    ) -> Tensor:
+        """The objective of a batch, with the context at each step or at the last one.
+
+        Args:
+            encoder: Read without gradient where it is not the branch's own.
+            bank: The context; None for the branch that has none.
+            batch: Sequences.
+            max_queries: Most steps of a batch whose context is looked up; later sequences are left out.
+            states: Of the bank, in place of those it keeps, where some carry a gradient.
+        """
+        own = self.encoder is not None
+        network = self.encoder if self.encoder is not None else encoder
+        if self.objective.needs == "last":
+            with torch.set_grad_enabled(own and torch.is_grad_enabled()):
+                query = network.encode_last(batch)
+            return self.objective(self.enrich(query, bank, moments(batch), batch["users"], states), batch)
+        batch = first_sequences(batch, max_queries)
+        with torch.set_grad_enabled(own and torch.is_grad_enabled()):
+            steps = network.encode_steps(batch)
+        times, valid = self.objective.query_times(batch)
+        users = batch["users"].unsqueeze(1).expand_as(times)
+        enriched = self.enrich(steps[valid], bank, times[valid], users[valid], states)
+        z = enriched.new_zeros(*valid.shape, enriched.shape[-1])
+        return self.objective(z.masked_scatter(valid.unsqueeze(-1), enriched), batch)
+
+
+class EnrichedEncoder(nn.Module):
+    """An encoder of event sequences and any number of aggregators over the states of others.
+
+        q = h_u(t);  X_t = {h_v(t) : v in C, v != u};  b = aggregator(q, X_t);  z = combination(q, b)
+
+    Args:
+        encoder: Pre-trained or not.
+        aggregators: By name.
+        combination: Factory of what joins own state and context.
+        objective: Factory of the objective aggregators are trained by.
+        vocabulary_sizes: Of the categorical features.
+        n_numeric: Number of numeric features.
+        median_gap: Days, the aggregators' default time unit.
+        rules: What counts as context.
+        tune: Whether each branch trains its own copy of the encoder; a branch ``own`` without context is added, so
+            that the baseline gets as many epochs.
+
+    Raises:
+        ValueError: If there is no aggregator or one is called ``own``.
+    """
+
+    def __init__(
+        self,
+        encoder: EventEncoder,
+        aggregators: Mapping[str, AggregatorFactory],
+        *,
+        combination: CombinationFactory,
+        objective: ObjectiveFactory,
+        vocabulary_sizes: list[int],
+        n_numeric: int,
+        median_gap: float,
+        rules: ContextRules | None = None,
+        tune: bool = False,
+    ) -> None:
+        if not aggregators or "own" in aggregators:
+            raise ValueError(f"aggregators must be named, at least one and none 'own', got {list(aggregators)}")
+        super().__init__()
+        self.encoder = encoder
+        self.rules = rules or ContextRules()
+        self.tune = tune
+        facts = {"vocabulary_sizes": vocabulary_sizes, "n_numeric": n_numeric}
+        names = (["own"] if tune else []) + list(aggregators)
+        self.branches = nn.ModuleDict()
+        for name in names:
+            factory = aggregators.get(name)
+            aggregator = None if factory is None else factory(d=encoder.d_model, median_gap=median_gap)
+            if aggregator is not None and self.rules.before_first == "random":
+                nn.init.uniform_(aggregator.empty_context).requires_grad_(False)
+            self.branches[name] = Branch(
+                aggregator,
+                d=encoder.d_model,
+                combination=combination,
+                objective=objective,
+                facts=facts,
+                encoder=deepcopy(encoder) if tune else None,
+            )
+
+    def branch(self, name: str) -> Branch:
+        """The branch of a name."""
+        found = self.branches[name]
+        assert isinstance(found, Branch)
+        return found
+
+    @property
+    def aggregators(self) -> list[str]:
+        """Names of the branches with context."""
+        return [name for name in self.branches if self.branch(name).aggregator is not None]
+
+    def encoder_of(self, name: str) -> EventEncoder:
+        """The encoder a branch reads: its own, else the shared one."""
+        return self.branch(name).encoder or self.encoder if name in self.branches else self.encoder
+
+    def start_tuning(self) -> None:
+        """Every branch begins at the pre-trained weights."""
+        for name in self.branches:
+            encoder = self.branch(name).encoder
+            if encoder is not None:
+                encoder.load_state_dict(self.encoder.state_dict())
+
+    def encode(self, events: Events, name: str = "own") -> Tensor:
+        """``(E, d) float32`` states after every event, without gradient, on the CPU or the device of the events."""
+        return encode_table(self.encoder_of(name), events, window=self.rules.window)
+
+    def bank(self, states: Tensor, events: Events, context_users: Tensor, stop: int = FOREVER) -> ContextBank:
+        """The context of events before ``stop`` of the users that the rules draw from ``context_users``."""
+        rules = self.rules
+        return ContextBank.build(
+            states,
+            events,
+            sample_context_users(context_users, rules.n_users, rules.seed),
+            min_prefix=rules.min_prefix,
+            stop=stop,
+            ties=rules.ties,
+            lag_days=rules.lag_days,
+            max_age_days=rules.max_age_days,
+            exclude_self=not rules.include_self,
+            exclude_group=rules.exclude_group,
+            max_context=rules.max_rows,
+            policy=rules.policy,
+            drop_last_prefix=rules.drop_last_prefix,
+            seed=rules.seed,
+        )
+
+    def own(
+        self,
+        states: Tensor,
+        events: Events,
+        users: Tensor,
+        times: Tensor,
+        name: str = "own",
+        start: Tensor | None = None,
+    ) -> Own:
+        """Own states of queries: strictly before their moment, whatever the ties of the context.
+
+        Without history it is ``start (d,)``, by default the initial state of the encoder of ``name``.
+        """
+        found, known, rows = own_states(states, events, users, times)
+        start = (self.encoder_of(name).initial_state() if start is None else start).detach().to(found)
+        return Own(torch.where(known.unsqueeze(1), found, start), torch.where(known, rows, -1))
+
+    @torch.no_grad()
+    def contexts(self, name: str, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
+        """``(Q, d_out)`` context vectors of queries in any order.
+
+        Queries are taken in order of time, so that those of a batch share what is visible. Mean and linear kernel over
+        all users come from sums over time, whose cost does not grow with the number of users.
+        """
+        aggregator = self.branch(name).aggregator
+        assert aggregator is not None
+        unbounded = (self.rules.n_users, self.rules.max_age_days, self.rules.max_rows) == (None, None, None)
+        if unbounded and not self.rules.exclude_group and type(aggregator) in (Mean, LinearKernel):
+            return self._summed(aggregator, own, bank, users, times)
+        found = own.new_zeros(len(own), aggregator.d_out)
+        for rows in times.argsort(stable=True).split(QUERIES_AT_A_TIME):
+            found[rows] = aggregator(own[rows], bank.context(times[rows], users[rows])).to(found)
+        return found
+
+
+    @staticmethod
+    def _summed(aggregator: Aggregator, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
+        if isinstance(aggregator, LinearKernel):
+            features = aggregator.positive_features
+            found, counts = PrefixMoments.build(bank, features).lookup(features(own), times, users)
+        else:
+            found, counts = PrefixMean.build(bank).mean(times, users)
+        return torch.where((counts > 0).unsqueeze(1), found.to(own), aggregator.empty_context.to(own))
+
+
+def moments(batch: Mapping[str, Tensor]) -> Tensor:
+    """``(B,) int64`` moments of sequences: of their query where there is one, else of their last event."""
+    if "query_times" in batch:
+        return batch["query_times"]
+    last = batch["mask"].sum(1) - 1
+    return batch["times"].gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+def first_sequences(batch: Mapping[str, Tensor], max_steps: int) -> dict[str, Tensor]:
+    """The first sequences of a batch with at most ``max_steps`` valid steps together, at least one sequence."""
+    n_rows = max(1, int((batch["mask"].sum(1).cumsum(0) <= max_steps).sum()))
+    return {name: value[:n_rows] for name, value in batch.items()}

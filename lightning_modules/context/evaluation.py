@@ -1,0 +1,361 @@
+"""From a fitted encoder with aggregators to a study: features of every arm at every query, probed, and exported.
+
+Q queries, E events, d width of own states, k of a context vector, D of what a combination gives. Source: spec of
+arXiv 2502.10205, sections 8 and 11.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lightning_modules.context.aggregators import Max
+from lightning_modules.context.bank import ContextBank
+from lightning_modules.context.controls import (
+    arm_names,
+    assemble,
+    constant_context,
+    gaussian_like,
+    shuffled_times,
+    time_features,
+)
+from lightning_modules.context.enriched import QUERIES_AT_A_TIME, EnrichedEncoder, Own
+from lightning_modules.context.probes import LogisticProbe, Probe
+from lightning_modules.context.study import (
+    AttentionDiagnostics,
+    ContextStudy,
+    EmbeddingSample,
+    TargetStudy,
+)
+from lightning_modules.context.visible import MICROSECONDS_PER_DAY, Events, Queries
+from lightning_modules.networks import EventEncoder, encode_table
+
+SAMPLE_OF_EMBEDDINGS = 2000
+"""Queries in the map of the report."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a test probes.
+
+    Attributes:
+        probe: Of targets that ``probes`` does not name; by default logistic regression.
+        probes: By target.
+        shuffled: Aggregators whose context is also read at shuffled moments; None for all.
+        gaussian: Whether noise with the moments of a context is an arm.
+        constant: Whether one fixed context vector is an arm.
+        explained: Aggregator that the report looks into; by default the first that has weights.
+        max_validation_users: Users whose sequences give ``val/loss``.
+        n_influencers: Most influential users kept for each query.
+    """
+
+    probe: Probe | None = None
+    probes: dict[str, Probe] | None = None
+    shuffled: list[str] | None = None
+    gaussian: bool = True
+    constant: bool = True
+    explained: str | None = None
+    max_validation_users: int = 512
+    n_influencers: int = 5
+
+
+class Embeddings:
+    """Embeddings of queries, and whose states made them.
+
+    Attributes:
+        target: Whose test queries they are.
+        user_ids: ``Q`` original ids.
+        times: ``(Q,) int64`` microseconds since 1970 UTC.
+        own: ``(Q, d)`` own states.
+        context: ``(Q, k)`` context vectors.
+        embedding: ``(Q, D)`` both combined.
+        aggregator: Name.
+        top_users: ``Q`` lists of original ids, most influential first.
+        top_weights: ``(Q, n_influencers)`` their shares, 0 where there are fewer; None without weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: str,
+        user_ids: list[Any],
+        times: Tensor,
+        own: Tensor,
+        context: Tensor,
+        embedding: Tensor,
+        aggregator: str,
+        top_users: list[list[Any]],
+        top_weights: Tensor | None,
+    ) -> None:
+        self.target, self.aggregator = target, aggregator
+        self.user_ids, self.times = user_ids, times
+        self.own, self.context, self.embedding = own, context, embedding
+        self.top_users, self.top_weights = top_users, top_weights
+
+
+class Encoded:
+    """The states of one batch of events: own ones at any query, and the contexts every aggregator sees.
+
+    With a frozen encoder all aggregators read one table and one bank; a tuned branch has its own.
+
+    Args:
+        model: Fitted.
+        events: Flat.
+        context_users: ``(n,) int64`` users that others may see.
+    """
+
+    def __init__(self, model: EnrichedEncoder, events: Events, context_users: Tensor) -> None:
+        self.model, self.events = model, events
+        self._context_users = context_users
+        self._tables: dict[str, Tensor] = {}
+        self._banks: dict[str, ContextBank] = {}
+
+    def _key(self, name: str) -> str:
+        return name if self.model.tune and name in self.model.branches else "own"
+
+    def table(self, name: str) -> Tensor:
+        """``(E, d)`` states of the encoder that a branch reads."""
+        key = self._key(name)
+        if key not in self._tables:
+            self._tables[key] = self.model.encode(self.events, key)
+        return self._tables[key]
+
+    def bank(self, name: str) -> ContextBank:
+        """The context of a branch."""
+        key = self._key(name)
+        if key not in self._banks:
+            self._banks[key] = self.model.bank(self.table(name), self.events, self._context_users)
+        return self._banks[key]
+
+    def own(self, name: str, users: Tensor, times: Tensor) -> Own:
+        """Own states at queries."""
+        return self.model.own(self.table(name), self.events, users, times, name)
+
+    def context(self, name: str, own: Tensor, users: Tensor, times: Tensor) -> Tensor:
+        """``(Q, k)`` context vectors at queries."""
+        return self.model.contexts(name, own, self.bank(name), users, times)
+
+
+def own_dates(events: Events, own: Own, users: Tensor, times: Tensor, origin: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Time features ``(Q, 10)``, numbers of own events ``(Q,)`` and recency ``(Q,)`` in days, NaN without history."""
+    known = own.rows >= 0
+    last = events["times"][own.rows.clamp(min=0)]
+    starts = events["offsets"][users]
+    first = events["times"][torch.where(known, starts, 0)]
+    n_events = torch.where(known, own.rows - starts + 1, 0)
+    recency = torch.where(known, (times - last).double() / MICROSECONDS_PER_DAY, torch.nan)
+    return time_features(times, last, first, n_events, origin=origin), n_events, recency.float()
+
+
+@torch.no_grad()
+def evaluate(
+    model: EnrichedEncoder,
+    batch: Mapping[str, Any],
+    evaluation: Evaluation,
+    *,
+    wide: EventEncoder | None = None,
+    seed: int = 0,
+) -> ContextStudy:
+    """Probe every target on every arm.
+
+    Probes are fitted on train queries, choose on validation and are read on test; the context of a query, also of a
+    train query, holds states strictly before it of others alone, whatever the fold.
+
+    Args:
+        model: Fitted.
+        batch: The one batch of a test.
+        evaluation: Probes and arms.
+        wide: Parameter-matched encoder.
+        seed: Of probes, permutations and noise.
+
+    Raises:
+        ValueError: If a target has no queries in a fold, or ``evaluation`` names what is not there.
+    """
+    events: Events = batch["events"]
+    encoded = Encoded(model, events, batch["context_users"])
+    unknown = {*(evaluation.shuffled or ()), *([evaluation.explained] if evaluation.explained else [])}
+    unknown -= set(model.aggregators)
+    lost = set(evaluation.probes or {}) - set(batch["queries"])
+    if unknown or lost:
+        raise ValueError(f"evaluation names {sorted(unknown | lost)}, there are {[*model.aggregators, *batch['queries']]}")
+    wide_table = None if wide is None else encode_table(wide, events, window=model.rules.window)
+    targets = []
+    for name, queries in tqdm(batch["queries"].items(), desc="targets", disable=None, leave=False):
+        folds = [int((queries["fold"] == fold).sum()) for fold in range(3)]
+        if 0 in folds:
+            raise ValueError(f"target {name!r} needs queries in train, validation and test, got {folds}")
+        features, n_events, recency = _features(encoded, queries, evaluation, wide, wide_table, seed)
+        targets.append(_probed(name, queries, features, n_events, recency, evaluation, seed))
+    explained = evaluation.explained or _with_weights(model)
+    first = next(iter(batch["queries"].values()))
+    tested = {key: first[key][first["fold"] == 2] for key in ("users", "times", "labels")}
+    own = encoded.own(explained or model.aggregators[0], tested["users"], tested["times"]).states
+    bank = encoded.bank(model.aggregators[0])
+    return ContextStudy(
+        targets=tuple(targets),
+        split=batch["split"],
+        user_ids=tuple(batch["user_ids"]),
+        attention=None if explained is None else _attention(encoded, explained, own, tested, evaluation.n_influencers),
+        embeddings=_sample(encoded, explained or model.aggregators[0], own, tested, next(iter(batch["queries"])), seed),
+        bank={"n_users": bank.n_users, "n_states": len(bank.times), **bank.visibility.plain()},
+        seed=seed,
+    )
+
+
+def _features(
+    encoded: Encoded,
+    queries: Queries,
+    evaluation: Evaluation,
+    wide: EventEncoder | None,
+    wide_table: Tensor | None,
+    seed: int,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    model, events = encoded.model, encoded.events
+    users, times, fold = queries["users"], queries["times"], queries["fold"]
+    shuffled = shuffled_times(times, fold, seed)
+    names = model.aggregators
+    also_shuffled = names if evaluation.shuffled is None else evaluation.shuffled
+    own = {name: encoded.own(name, users, times) for name in ["own", *(names if model.tune else [])]}
+    calendar, n_events, recency = own_dates(events, own["own"], users, times, int(times[fold == 0].min()))
+    contexts: dict[str, Tensor] = {}
+    for name in tqdm(names, desc="contexts", disable=None, leave=False):
+        states = own.get(name, own["own"]).states
+        contexts[name] = encoded.context(name, states, users, times)
+        if name in also_shuffled:
+            contexts[f"shuffled:{name}"] = encoded.context(name, states, users, shuffled)
+    trained = contexts[names[0]][fold == 0]
+    contexts["gaussian"] = gaussian_like(trained, len(users), seed)
+    contexts["constant"] = constant_context(trained.mean(0), len(users))
+    if wide is not None and wide_table is not None:
+        contexts["wide"] = model.own(wide_table, events, users, times, start=wide.initial_state()).states
+    arms = [
+        arm
+        for arm in arm_names(
+            names, gaussian=evaluation.gaussian, constant=evaluation.constant, wide=wide is not None
+        )
+        if not arm.startswith("shuffled") or arm.partition(":")[2] in also_shuffled
+    ]
+    return assemble(arms, {name: found.states for name, found in own.items()}, calendar, contexts), n_events, recency
+
+
+def _probed(
+    name: str,
+    queries: Queries,
+    features: Mapping[str, Tensor],
+    n_events: Tensor,
+    recency: Tensor,
+    evaluation: Evaluation,
+    seed: int,
+) -> TargetStudy:
+    probe = (evaluation.probes or {}).get(name) or evaluation.probe or LogisticProbe()
+    train, validation, test = (queries["fold"] == fold for fold in range(3))
+    labels, n_classes = queries["labels"], queries["n_classes"]
+    read: dict[str, tuple[Tensor, Tensor]] = {}
+    # A trainer tests in inference mode, whose tensors no gradient may meet: probes get copies outside of it.
+    with torch.inference_mode(False):
+        for arm, rows in tqdm(features.items(), desc="probes", disable=None, leave=False):
+            read[arm] = probe.fit_predict(
+                rows.clone()[train],
+                labels.clone()[train],
+                rows.clone()[validation],
+                labels.clone()[validation],
+                rows.clone()[test],
+                n_classes=n_classes,
+                seed=seed,
+            )
+    return TargetStudy(
+        name=name,
+        description=queries["description"],
+        scope=queries["scope"],
+        n_classes=n_classes,
+        outcome_dependent=queries["outcome_dependent"],
+        labels=labels[test].cpu(),
+        users=queries["users"][test].cpu(),
+        times=queries["times"][test].cpu(),
+        n_events=n_events[test].cpu(),
+        recency=recency[test].cpu(),
+        validation_labels=labels[validation].cpu(),
+        validation={arm: found[0].cpu() for arm, found in read.items()},
+        test={arm: found[1].cpu() for arm, found in read.items()},
+        probe=type(probe).__name__,
+    )
+
+
+def _with_weights(model: EnrichedEncoder) -> str | None:
+    return next((name for name in model.aggregators if not isinstance(model.branch(name).aggregator, Max)), None)
+
+
+def _attention(
+    encoded: Encoded, name: str, own: Tensor, queries: Mapping[str, Tensor], k: int
+) -> AttentionDiagnostics | None:
+    """Where an aggregator looks at queries, in the order of the queries."""
+    aggregator = encoded.model.branch(name).aggregator
+    assert aggregator is not None
+    order = queries["times"].argsort(stable=True)
+    parts = []
+    for rows in order.split(QUERIES_AT_A_TIME):
+        context = encoded.bank(name).context(queries["times"][rows], queries["users"][rows])
+        weights = aggregator.weights(own[rows], context)
+        if weights is None:
+            return None
+        parts.append(AttentionDiagnostics.of(name, weights.clamp_min(0), context, k))
+    joined, place = AttentionDiagnostics.join(parts), order.argsort().cpu()
+    tensors = [one.name for one in fields(joined) if one.name != "aggregator"]
+    return replace(joined, **{one: getattr(joined, one)[place] for one in tensors})
+
+
+def _sample(
+    encoded: Encoded, name: str, own: Tensor, queries: Mapping[str, Tensor], target: str, seed: int
+) -> EmbeddingSample:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(own), generator=generator)[:SAMPLE_OF_EMBEDDINGS].to(own.device)
+    users, times = queries["users"][rows], queries["times"][rows]
+    return EmbeddingSample(
+        aggregator=name,
+        users=users.cpu(),
+        times=times.cpu(),
+        own=own[rows].cpu(),
+        context=encoded.context(name, own[rows], users, times).cpu(),
+        labels={target: queries["labels"][rows].cpu()},
+    )
+
+
+@torch.no_grad()
+def exported(model: EnrichedEncoder, batch: Mapping[str, Any], evaluation: Evaluation) -> Embeddings:
+    """Embeddings at the test queries of the first target.
+
+    Args:
+        model: Fitted.
+        batch: The one batch of a prediction.
+        evaluation: Says which aggregator.
+
+    Raises:
+        ValueError: If there are no targets.
+    """
+    if not batch["queries"]:
+        raise ValueError("embeddings are those of test queries, the data has no targets (data.init_args.targets)")
+    name = evaluation.explained or _with_weights(model) or model.aggregators[0]
+    target, queries = next(iter(batch["queries"].items()))
+    tested = {key: queries[key][queries["fold"] == 2] for key in ("users", "times")}
+    encoded = Encoded(model, batch["events"], batch["context_users"])
+    own = encoded.own(name, tested["users"], tested["times"]).states
+    context = encoded.context(name, own, tested["users"], tested["times"])
+    combination = model.branch(name).combination
+    assert combination is not None
+    attention = _attention(encoded, name, own, tested, evaluation.n_influencers)
+    ids = batch["user_ids"]
+    influencers = [] if attention is None else attention.top_users.tolist()
+    return Embeddings(
+        target=target,
+        user_ids=[ids[user] for user in tested["users"].tolist()],
+        times=tested["times"].cpu(),
+        own=own.cpu(),
+        context=context.cpu(),
+        embedding=combination(own, context).cpu(),
+        aggregator=name,
+        top_users=[[ids[user] for user in row if user >= 0] for row in influencers] or [[] for _ in range(len(own))],
+        top_weights=None if attention is None else attention.top_weights,
+    )

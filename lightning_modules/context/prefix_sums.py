@@ -1,0 +1,278 @@
+"""Aggregates over all context users from running sums of changes of state, at a cost free of the number of users.
+
+An event e of user v replaces v's state: the sum over users changes by h_e - h_prev(e), the count by 1 if e is v's
+first. With all events in order of time, S(t) = sum of the changes with t_e < t, and
+
+    mean            b = (S(t) - own) / (N(t) - [own exists])
+    linear kernel   b = M^T f(q) / (s . f(q)),   M = sum_i f(X_i) X_i^T,   s = sum_i f(X_i)
+
+Sums are kept every ``block`` events and the events since are replayed, so that little is stored beside the states. A
+replay reads events before the query only: what comes later cannot change a bit of the answer. E_C events of the bank,
+n users, Q queries, d width, r features. Source: spec of arXiv 2502.10205, sections 4.1.9 and 10.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from lightning_modules.context.as_of import last_before, ranges
+from lightning_modules.context.bank import ContextBank
+from lightning_modules.context.rules import Visibility
+
+CHUNK_BYTES = 32 * 2**20
+"""Memory for the float64 changes held at a time while sums are built."""
+
+
+class Timeline:
+    """Events of a bank in order of time, and each user's own last state.
+
+    Args:
+        bank: Its states and times are shared, not copied.
+        block: Events between two kept sums.
+
+    Raises:
+        ValueError: If ``block`` is below 1 or the bank hides states by age, group or number, which a sum over all
+            users cannot.
+    """
+
+    def __init__(self, bank: ContextBank, block: int) -> None:
+        rules = bank.visibility
+        if block < 1:
+            raise ValueError(f"block must be at least 1, got {block}")
+        for name, hides in (
+            ("max_age_days", rules.max_age is not None),
+            ("max_context", rules.max_context is not None),
+            ("exclude_group", rules.exclude_group),
+        ):
+            if hides:
+                raise ValueError(f"prefix sums hold all context users and cannot apply {name}, got a bank with it")
+        self.visibility: Visibility = rules
+        self.block = block
+        self.states, self.times = bank.states, bank.times
+        self.users, self.offsets = bank.context_users, bank.offsets
+        small = torch.int32 if len(bank.times) < 2**31 else torch.int64
+        order = bank.times.argsort(stable=True)
+        self.order, self.sorted_times = order.to(small), bank.times[order]
+        starts = bank.offsets[:-1][bank.offsets.diff() > 0]
+        self.is_first = torch.zeros(len(bank.times), dtype=torch.bool, device=starts.device)
+        self.is_first[starts] = True
+        self.first_times = bank.times[starts].sort().values
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of everything an answer reads, the states included."""
+        held = (value for value in vars(self).values() if isinstance(value, Tensor))
+        return sum(value.numel() * value.element_size() for value in held)
+
+    def replaced(self, rows: Tensor) -> Tensor:
+        """``int64`` rows of the states that those of ``rows`` replaced; fewer, since first events replace nothing."""
+        return rows[~self.is_first[rows]] - 1
+
+    def positions(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """``(Q,)`` numbers of events and of users before each moment."""
+        moments = moments.contiguous()
+        inclusive = self.visibility.inclusive
+        n_events = torch.searchsorted(self.sorted_times, moments, right=inclusive)
+        return n_events, torch.searchsorted(self.first_times, moments, right=inclusive)
+
+    def hidden(self, moments: Tensor, users: Tensor) -> tuple[Tensor, Tensor]:
+        """The query user's own state in the sums, where it has to be taken off.
+
+        Returns:
+            ``(Q,) int64`` rows, arbitrary where there is none, and ``(Q,) bool`` whether there is one.
+        """
+        if not self.visibility.exclude_self or not len(self.times):
+            return torch.zeros_like(users), torch.zeros_like(users, dtype=torch.bool)
+        rank = torch.searchsorted(self.users, users.contiguous()).clamp(max=len(self.users) - 1)
+        known = self.users[rank] == users
+        first = self.offsets[rank]
+        stop = torch.where(known, self.offsets[rank + 1], first)
+        rows = last_before(self.times, first, stop, moments, inclusive=self.visibility.inclusive)
+        return rows.clamp(min=0), rows >= first
+
+    def block_rows(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of whole blocks ``start..stop``, those they replace, and where there is one: ``(n_blocks, block)``."""
+        rows = self.order[start * self.block : stop * self.block].long().view(-1, self.block)
+        replaces = ~self.is_first[rows]
+        return rows, torch.where(replaces, rows - 1, 0), replaces.unsqueeze(2)
+
+
+def _checked(times: Tensor, users: Tensor) -> None:
+    if times.ndim != 1 or times.shape != users.shape:
+        shapes = f"{tuple(times.shape)} and {tuple(users.shape)}"
+        raise ValueError(f"query_times and query_users must both have shape (Q,), got {shapes}")
+
+
+class PrefixMean(Timeline):
+    """Exact mean of the states of all visible users, O(log E_C + block d) a query for any number of users.
+
+    Kept sums are float64. The at most ``2 (block - 1)`` states replayed are added in the states' own dtype: with
+    float32 states and |h| <= c an error of at most about ``2 block^2 c 2^-24 / N``, with float64 rounding alone.
+
+    Args:
+        bank: The context.
+        block: Events between two kept sums; a sum takes ``2 / block`` of a float32 state for each event.
+    """
+
+    def __init__(self, bank: ContextBank, block: int = 32) -> None:
+        super().__init__(bank, block)
+        d, n_blocks = self.states.shape[1], len(self.times) // block
+        self.sums = torch.zeros(n_blocks + 1, d, dtype=torch.float64, device=self.states.device)
+        step = max(1, CHUNK_BYTES // (8 * max(1, d) * block))
+        for start in range(0, n_blocks, step):
+            stop = min(start + step, n_blocks)
+            rows, earlier, replaces = self.block_rows(start, stop)
+            changes = self.states[rows].double() - torch.where(replaces, self.states[earlier], 0).double()
+            self.sums[start + 1 : stop + 1] = self.sums[start] + changes.sum(1).cumsum(0)
+
+    @classmethod
+    def build(cls, bank: ContextBank, block: int = 32) -> "PrefixMean":
+        """The sums of a bank."""
+        return cls(bank, block)
+
+    def mean(self, query_times: Tensor, query_users: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over all users that a query sees.
+
+        Args:
+            query_times: ``(Q,) int64``.
+            query_users: ``(Q,) int64``; users outside of the context have nothing to take off.
+
+        Returns:
+            ``(Q, d)`` means in the states' dtype, zeros where nobody is visible, and ``(Q,) int64`` numbers of users.
+
+        Raises:
+            ValueError: If shapes differ.
+        """
+        _checked(query_times, query_users)
+        moments = self.visibility.moments(query_times)
+        n_events, n_users = self.positions(moments)
+        n_events, place = torch.unique(n_events, return_inverse=True)
+        own, found = self.hidden(moments, query_users)
+        counts = n_users - found.long()
+        sums = self._sums(n_events)[place]
+        sums[found] -= self.states[own[found]].double()
+        means = torch.where((counts > 0).unsqueeze(1), sums / counts.clamp(min=1).unsqueeze(1), 0)
+        return means.to(self.states.dtype), counts
+
+    def _sums(self, n_events: Tensor) -> Tensor:
+        """``(P, d) float64`` sums over users after the first ``n_events`` events."""
+        done = n_events // self.block
+        n_replayed = n_events - done * self.block
+        rows = self.order[ranges(done * self.block, n_replayed)].long()
+        if not len(rows):
+            return self.sums[done]
+        # each event brings its state and, where there was one, takes the state before: + + - + - ...
+        width = 2 - self.is_first[rows].long()
+        begins = torch.cat([width.new_zeros(1), width.cumsum(0)])
+        pairs = rows.repeat_interleave(width)
+        old = torch.ones_like(pairs, dtype=torch.bool)
+        old[begins[:-1]] = False
+        signs = torch.where(old, -1.0, 1.0).to(self.states)
+        starts = begins[n_replayed.cumsum(0) - n_replayed]
+        replayed = embedding_bag(pairs - old.long(), self.states, starts, mode="sum", per_sample_weights=signs)
+        return self.sums[done] + replayed.double()
+
+
+class PrefixMoments(Timeline):
+    """Linear-kernel average over all visible users, O(log E_C + block (r + d) + r d) a query for any number of users.
+
+    The features are read at build: after they change the sums are built anew. Gradients reach the query's features,
+    not those of the states. Sums are accumulated in float64 and kept in the states' dtype.
+
+    Args:
+        bank: The context.
+        features: f, ``(m, d) -> (m, r)``, not negative.
+        block: Events between two kept sums; None for 8 r, with which the sums take 1/8 of a state for each event.
+    """
+
+    def __init__(self, bank: ContextBank, features: Callable[[Tensor], Tensor], block: int | None = None) -> None:
+        with torch.no_grad():
+            r = features(bank.states.new_zeros(1, bank.states.shape[1])).shape[1]
+        super().__init__(bank, 8 * r if block is None else block)
+        self.features = features
+        d, n_blocks = self.states.shape[1], len(self.times) // self.block
+        self.first_moments = self.states.new_zeros(n_blocks + 1, r)
+        self.second_moments = self.states.new_zeros(n_blocks + 1, r, d)
+        s = torch.zeros(r, dtype=torch.float64, device=self.states.device)
+        m = torch.zeros(r, d, dtype=torch.float64, device=self.states.device)
+        with torch.no_grad():
+            for done in range(n_blocks):
+                states, weighted = self._changes(done * self.block, (done + 1) * self.block)
+                s += weighted.sum(0)
+                m += weighted.T @ states
+                self.first_moments[done + 1], self.second_moments[done + 1] = s, m
+
+    @classmethod
+    def build(
+        cls, bank: ContextBank, features: Callable[[Tensor], Tensor], block: int | None = None
+    ) -> "PrefixMoments":
+        """The sums of a bank."""
+        return cls(bank, features, block)
+
+    def _changes(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """``(m, d)`` states that events start..stop bring and replace, ``(m, r)`` their features, + or -; float64."""
+        rows = self.order[start:stop].long()
+        replaced = self.replaced(rows)
+        states = self.states.index_select(0, torch.cat([rows, replaced]))
+        with torch.no_grad():
+            weighted = self.features(states).double()
+        weighted[len(rows) :] *= -1
+        return states.double(), weighted
+
+    def lookup(self, query_features: Tensor, query_times: Tensor, query_users: Tensor) -> tuple[Tensor, Tensor]:
+        """Average of all states that a query sees, weighted by f(X_i) . f(q).
+
+        Args:
+            query_features: ``(Q, r) float``, f(q).
+            query_times: ``(Q,) int64``.
+            query_users: ``(Q,) int64``.
+
+        Returns:
+            ``(Q, d)`` averages in the states' dtype, zeros where nobody is visible, and ``(Q,) int64`` numbers of
+            users.
+
+        Raises:
+            ValueError: If shapes differ.
+        """
+        _checked(query_times, query_users)
+        if query_features.shape != (len(query_times), self.first_moments.shape[1]):
+            allowed = (len(query_times), self.first_moments.shape[1])
+            raise ValueError(f"query_features must have shape {allowed}, got {tuple(query_features.shape)}")
+        moments = self.visibility.moments(query_times)
+        n_events, n_users = self.positions(moments)
+        own, found = self.hidden(moments, query_users)
+        counts = n_users - found.long()
+        query = query_features.double()
+        above, below = self._totals(query, n_events)
+        own_states = self.states.new_zeros(len(own), self.states.shape[1])
+        own_states[found] = self.states[own[found]]
+        with torch.no_grad():
+            own_features = self.features(own_states).double()
+        own_weight = torch.where(found, (own_features * query).sum(1), 0)
+        above, below = above - own_weight.unsqueeze(1) * own_states.double(), below - own_weight
+        seen = counts > 0
+        averages = above / torch.where(seen, below, 1).unsqueeze(1)
+        return torch.where(seen.unsqueeze(1), averages, 0).to(self.states.dtype), counts
+
+    def _totals(self, query: Tensor, n_events: Tensor) -> tuple[Tensor, Tensor]:
+        """``(Q, d)`` sums of f(X_i) . f(q) X_i and ``(Q,)`` sums of f(X_i) . f(q), float64.
+
+        Queries with the same events behind them are replayed together, and only those: a state that one of them may
+        not see never meets it.
+        """
+        by_events = n_events.argsort(stable=True)
+        above, below = [query.new_zeros(0, self.states.shape[1])], [query.new_zeros(0)]
+        for queries in by_events.split(torch.unique(n_events, return_counts=True)[1].tolist()):
+            stop = int(n_events[queries[0]])
+            done = stop // self.block
+            part = query[queries]
+            b, weight = part @ self.second_moments[done].double(), part @ self.first_moments[done].double()
+            states, weighted = self._changes(done * self.block, stop)
+            weights = part @ weighted.T
+            b, weight = b + weights @ states, weight + weights.sum(1)
+            above.append(b)
+            below.append(weight)
+        place = by_events.argsort()
+        return torch.cat(above)[place], torch.cat(below)[place]

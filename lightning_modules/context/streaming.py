@@ -1,0 +1,137 @@
+"""A context bank that grows event by event, as events arrive in a running system.
+
+E_C events so far, n context users, Q queries, d width, times in microseconds. Source: spec of arXiv 2502.10205,
+sections 3.1 and 13.10.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_modules.context.as_of import gathered_context, sample_context_users
+from lightning_modules.context.rules import Visibility
+from lightning_modules.context.visible import Context, days
+
+
+class StreamingBank:
+    """Answers at every event what a bank built anew from the events so far would answer.
+
+    Rows are kept in order of arrival, each with the user's row before; an event costs O(d), a query O(n) and one more
+    step for every event that a user has had since the query's moment. Queries may lie in the past or in the future.
+
+    Args:
+        context_users: ``(n,) int64`` distinct rows of users; events of others are ignored.
+        d: Width of states.
+        visibility: The rules.
+        min_prefix: A user's states after fewer events are left out.
+        groups: ``(U,) int64`` groups of all users, needed to exclude them.
+        dtype: Of the states.
+
+    Raises:
+        ValueError: If there are no context users, one occurs twice, or groups are missing.
+    """
+
+    def __init__(
+        self,
+        context_users: Tensor,
+        d: int,
+        *,
+        visibility: Visibility | None = None,
+        min_prefix: int = 1,
+        groups: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.visibility = visibility or Visibility()
+        if self.visibility.exclude_group and groups is None:
+            raise ValueError("exclude_group needs groups, got none")
+        if min_prefix < 1:
+            raise ValueError(f"min_prefix must be at least 1, got {min_prefix}")
+        self.context_users = sample_context_users(context_users, None, 0)
+        device = context_users.device
+        self.groups = context_users.new_zeros(0) if groups is None else groups
+        self.min_prefix = min_prefix
+        self.n_events = 0
+        self.n_seen = torch.zeros_like(self.context_users)
+        self.last_rows = torch.full_like(self.context_users, -1)
+        self.last_times = torch.full_like(self.context_users, torch.iinfo(torch.int64).min)
+        self._states = torch.zeros(0, d, dtype=dtype, device=device)
+        self._times = context_users.new_zeros(0)
+        self._earlier = context_users.new_zeros(0)
+
+    @property
+    def states(self) -> Tensor:
+        """``(E_C, d) float`` states in order of arrival."""
+        return self._states[: self.n_events]
+
+    @property
+    def times(self) -> Tensor:
+        """``(E_C,) int64`` times in order of arrival."""
+        return self._times[: self.n_events]
+
+    def append(self, user: int, time: int, state: Tensor) -> None:
+        """Take in one event and the state after it.
+
+        Args:
+            user: Row of the user.
+            time: Microseconds, not before the user's last event; users among each other may arrive in any order.
+            state: ``(d,) float``.
+
+        Raises:
+            ValueError: If the time is before the user's last event, or the state has another shape.
+        """
+        if state.shape != self._states.shape[1:]:
+            raise ValueError(f"state must have shape {tuple(self._states.shape[1:])}, got {tuple(state.shape)}")
+        rank = int(torch.searchsorted(self.context_users, user))
+        if rank == len(self.context_users) or self.context_users[rank] != user:
+            return
+        if time < self.last_times[rank]:
+            raise ValueError(
+                f"events of user {user} must not go back in time, got {time} after {self.last_times[rank]}"
+            )
+        self.last_times[rank] = time
+        self.n_seen[rank] += 1
+        if self.n_seen[rank] < self.min_prefix:
+            return
+        if self.n_events == len(self._times):
+            self._grow()
+        row = self.n_events
+        self._states[row] = state.detach()
+        self._times[row] = time
+        self._earlier[row] = self.last_rows[rank]
+        self.last_rows[rank] = row
+        self.n_events += 1
+
+    def _grow(self) -> None:
+        """Twice the room, so that an event costs O(d) on average."""
+        room = max(64, len(self._times))
+        self._states = torch.cat([self._states, self._states.new_zeros(room, self._states.shape[1])])
+        self._times = torch.cat([self._times, self._times.new_zeros(room)])
+        self._earlier = torch.cat([self._earlier, self._earlier.new_zeros(room)])
+
+    def before(self, moments: Tensor) -> Tensor:
+        """``(Q, n) int64`` last admissible row of each context user at each moment, -1 where there is none."""
+        moments = moments.unsqueeze(1)
+        rows = self.last_rows.expand(len(moments), -1)
+        while True:
+            times = self._times[rows.clamp(min=0)] if self.n_events else torch.zeros_like(rows)
+            late = (rows >= 0) & ((times > moments) if self.visibility.inclusive else (times >= moments))
+            if not late.any():
+                return rows
+            rows = torch.where(late, self._earlier[rows.clamp(min=0)], rows)
+
+    def context(self, query_times: Tensor, query_users: Tensor) -> Context:
+        """What queries see, as `ContextBank.context` in the gathered layout.
+
+        Args:
+            query_times: ``(Q,) int64``.
+            query_users: ``(Q,) int64``.
+        """
+        rules = self.visibility
+        rows = self.before(rules.moments(query_times))
+        start = self._times[rows.clamp(min=0)] if self.n_events else torch.zeros_like(rows)
+        owners = self.context_users.expand_as(rows)
+        seen = rules.allowed(rows >= 0, start, owners, query_times, query_users, self.groups)
+        best = rules.best(seen, start, owners, query_times, query_users)
+        if best is not None:
+            rows, start, owners, seen = (each.gather(1, best) for each in (rows, start, owners, seen))
+        ages = torch.where(seen, days(query_times.unsqueeze(1) - start), 0)
+        return gathered_context(self.states, rows, seen, ages, owners)

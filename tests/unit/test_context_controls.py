@@ -1,0 +1,163 @@
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_modules.context.controls import (
+    TIME_FEATURES,
+    Arm,
+    arm_names,
+    assemble,
+    constant_context,
+    gaussian_like,
+    shuffled_times,
+    time_features,
+)
+
+DAY = 86_400_000_000
+
+
+def slow_time_features(time, last, first, n_events, origin):
+    """By the calendar of the standard library."""
+    moment = datetime.fromtimestamp(time // 10**6, UTC).replace(microsecond=time % 10**6)
+    seconds = moment.hour * 3600 + moment.minute * 60 + moment.second + moment.microsecond / 1e6
+    year = datetime(moment.year, 1, 1, tzinfo=UTC), datetime(moment.year + 1, 1, 1, tzinfo=UTC)
+    turns = [
+        seconds / 86_400,
+        (moment.weekday() + seconds / 86_400) / 7,
+        (moment - year[0]).total_seconds() / (year[1] - year[0]).total_seconds(),
+    ]
+    waves = [wave(2 * np.pi * turn) for turn in turns for wave in (np.sin, np.cos)]
+    recency, span = ((time - last) / DAY, (last - first) / DAY) if n_events else (0.0, 0.0)
+    return [(time - origin) / DAY, *waves, np.log1p(recency), np.log1p(n_events), np.log1p(span)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2**51), st.integers(0, 400 * DAY), st.integers(0, 9)), min_size=1, max_size=5))
+def test_time_features_equal_the_standard_calendar(rows):
+    times = torch.tensor([row[0] for row in rows])
+    last, n_events = times - torch.tensor([row[1] for row in rows]), torch.tensor([row[2] for row in rows])
+    first = last - DAY * n_events
+    origin = int(times.min())
+    found = time_features(times, last, first, n_events, origin=origin)
+    assert found.dtype == torch.float32
+    assert found.shape == (len(rows), len(TIME_FEATURES))
+    expected = [
+        slow_time_features(*(int(one) for one in row), origin) for row in zip(times, last, first, n_events, strict=True)
+    ]
+    # float32 of numbers up to 26,000 days
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=2e-6)
+
+
+def test_time_features_without_history_ignore_its_times():
+    times = torch.tensor([5 * DAY])
+    wild = torch.tensor([2**62])
+    found = time_features(times, wild, -wild, torch.tensor([0]), origin=0)
+    assert found.isfinite().all()
+    assert found[0, -3:].tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match=r"own events must not lie after the query, got .* in row 0"):
+        time_features(times, wild, times, torch.tensor([1]), origin=0)
+
+
+def test_shuffled_times_stay_in_their_fold_and_move():
+    times = torch.arange(300)
+    fold = torch.arange(300) % 3
+    found = shuffled_times(times, fold.to(torch.int8), seed=1)
+    for number in range(3):
+        assert torch.equal(found[fold == number].sort().values, times[fold == number])
+    # a permutation of 100 has 1 fixed point on average
+    assert (found == times).sum() < 20
+    assert torch.equal(found, shuffled_times(times, fold.to(torch.int8), seed=1))
+    assert not torch.equal(found, shuffled_times(times, fold.to(torch.int8), seed=2))
+
+
+def test_gaussian_has_the_moments_of_context_even_when_singular():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(4000, 2, generator=generator) @ torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]]) + 7
+    context = torch.cat([base, base[:, :1], torch.ones(4000, 1)], 1)
+    found = gaussian_like(context, 50_000, seed=3)
+    assert found.dtype == context.dtype
+    # s.e. of a mean sqrt(10 / 50,000) = .014, of a covariance about 10 sqrt(2 / 50,000) = .06; four of each
+    torch.testing.assert_close(found.mean(0), context.mean(0), rtol=0, atol=0.06)
+    torch.testing.assert_close(found.T.cov(), context.T.cov(), rtol=0, atol=0.25)
+    # a column that repeats another still does, but for the square root of float64's rounding
+    torch.testing.assert_close(found[:, 3], found[:, 0], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="at least 1 context vector of train, got 0"):
+        gaussian_like(context[:0], 1, seed=0)
+
+
+def test_constant_is_one_vector():
+    assert constant_context(torch.tensor([1.0, 2.0]), 3).tolist() == [[1, 2]] * 3
+
+
+def test_names_and_what_they_mean():
+    names = arm_names(["mean", "kernel"], wide=True)
+    assert names == (
+        *("own", "own+time", "wide", "gaussian", "constant"),
+        *("shuffled:mean", "shuffled+time:mean", "shuffled:kernel", "shuffled+time:kernel"),
+        *("mean", "mean+time", "kernel", "kernel+time"),
+    )
+    context = [name for name in names if Arm.parse(name).is_context]
+    assert context == ["mean", "mean+time", "kernel", "kernel+time"]
+    assert Arm.parse("shuffled+time:kernel") == ("shuffled+time:kernel", "kernel", True, True)
+    assert arm_names(["mean"], time=False, shuffled=False, gaussian=False, constant=False) == ("own", "mean")
+
+
+def test_assembles_own_then_time_then_context():
+    own, time = torch.full((2, 3), 1.0), torch.full((2, 10), 2.0)
+    contexts = {
+        "kernel": torch.full((2, 4), 3.0),
+        "shuffled:kernel": torch.full((2, 4), 4.0),
+        "gaussian": torch.full((2, 4), 5.0, dtype=torch.float64),
+        "wide": torch.full((2, 6), 6.0),
+    }
+    arms = ("own", "own+time", "wide", "gaussian", "shuffled:kernel", "shuffled+time:kernel", "kernel", "kernel+time")
+    found = assemble(arms, own, time, contexts)
+    q, t = [1.0] * 3, [2.0] * 10
+    assert {name: features[1].tolist() for name, features in found.items()} == {
+        "own": q,
+        "own+time": q + t,
+        "wide": [6.0] * 6,
+        "gaussian": [*q, *[5.0] * 4],
+        "shuffled:kernel": [*q, *[4.0] * 4],
+        "shuffled+time:kernel": [*q, *t, *[4.0] * 4],
+        "kernel": [*q, *[3.0] * 4],
+        "kernel+time": [*q, *t, *[3.0] * 4],
+    }
+    assert all(features.dtype == torch.float32 for features in found.values())
+
+
+def test_each_arm_may_have_states_of_its_own():
+    states = {"own": torch.zeros(1, 1), "kernel": torch.ones(1, 1)}
+    contexts = {name: torch.zeros(1, 0) for name in ("kernel", "shuffled:kernel", "mean")}
+    found = assemble(("own", "kernel", "shuffled:kernel", "mean"), states, torch.zeros(1, 10), contexts)
+    assert {name: features.item() for name, features in found.items()} == {
+        "own": 0,
+        "kernel": 1,
+        "shuffled:kernel": 1,
+        "mean": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: arm_names(["a+b"]), r"no '\+' or ':' and be none of .*, got 'a\+b'"),
+        (lambda: arm_names(["own"]), "got 'own'"),
+        (lambda: Arm.parse("kernel+clock"), r"an arm is \[shuffled.*got 'kernel\+clock'"),
+        (lambda: Arm.parse("shuffled:"), "got 'shuffled:'"),
+        (lambda: Arm.parse("other:kernel"), "got 'other:kernel'"),
+        (lambda: assemble(["mean"], torch.zeros(1, 1), torch.zeros(1, 10), {}), r"'mean' needs the vectors of 'mean'"),
+        (
+            lambda: assemble(["own+time"], torch.zeros(1, 1), torch.zeros(2, 10), {}),
+            r"'own\+time' is made of different numbers of queries: \[1, 2\]",
+        ),
+    ],
+)
+def test_bad_input_ends_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)

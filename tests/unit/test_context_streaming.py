@@ -1,0 +1,142 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_modules.context.bank import ContextBank
+from lightning_modules.context.refresh import Ema, EveryKSteps, Live, PerEpoch, Static, drift
+from lightning_modules.context.rules import Visibility
+from lightning_modules.context.streaming import StreamingBank
+
+
+def stream(n_users=5, n_events=24, d=3, seed=0):
+    """Users, times (many of them equal) and states of events in order of time."""
+    generator = torch.Generator().manual_seed(seed)
+    times = torch.randint(0, 15, (n_events,), generator=generator).sort().values
+    return torch.randint(0, n_users, (n_events,), generator=generator), times, torch.randn(n_events, d)
+
+
+def rebuilt(users, times, states, n_users, **rules):
+    """A bank from scratch of the events so far."""
+    order = users.argsort(stable=True)
+    counts = torch.bincount(users, minlength=n_users)
+    events = {
+        "times": times[order],
+        "offsets": torch.cat([torch.zeros(1).long(), counts.cumsum(0)]),
+        "groups": torch.arange(n_users) % 2,
+    }
+    return ContextBank.build(states[order], events, torch.tensor([0, 1, 3, 4]), **rules)
+
+
+@pytest.mark.parametrize("ties", ["strict", "inclusive"])
+@pytest.mark.parametrize(
+    "rules", [{}, {"lag": 2, "max_age": 6}, {"exclude_self": False, "exclude_group": True}, {"max_context": 2}]
+)
+def test_a_stream_answers_as_a_bank_built_anew_at_every_event(ties, rules):
+    users, times, states = stream()
+    visibility = Visibility(ties=ties, **rules)
+    bank = StreamingBank(torch.tensor([0, 1, 3, 4]), 3, visibility=visibility, min_prefix=2, groups=torch.arange(5) % 2)
+    plain = {name: value for name, value in rules.items() if name not in ("lag", "max_age")}
+    plain |= {f"{name}_days": rules[name] / 86_400e6 for name in ("lag", "max_age") if name in rules}
+    asked, askers = (
+        grid.flatten() for grid in torch.meshgrid(torch.arange(-1, 18, 2), torch.arange(-1, 5), indexing="ij")
+    )
+    for n in range(1, len(times) + 1):
+        bank.append(int(users[n - 1]), int(times[n - 1]), states[n - 1])
+        whole = rebuilt(users[:n], times[:n], states[:n], 5, ties=ties, min_prefix=2, **plain)
+        found, expected = bank.context(asked, askers), whole.context(asked, askers, "gathered")
+        if not len(whole.times):
+            assert not found.visible.any()
+            continue
+        for name in ("visible", "ages", "users"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert torch.equal(found.states[found.rows], expected.states[expected.rows])
+
+
+def test_a_stream_grows_and_refuses_to_go_back():
+    bank = StreamingBank(torch.tensor([4]), 2)
+    for time in range(200):
+        bank.append(4, time, torch.full((2,), float(time)))
+    bank.append(3, 0, torch.zeros(2))  # nobody's context
+    assert bank.times.tolist() == list(range(200))
+    assert bank.states[:, 0].tolist() == list(map(float, range(200)))
+    with pytest.raises(ValueError, match="events of user 4 must not go back in time, got 3 after 199"):
+        bank.append(4, 3, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"state must have shape \(2,\), got \(3,\)"):
+        bank.append(4, 300, torch.zeros(3))
+    with pytest.raises(ValueError, match="exclude_group needs groups"):
+        StreamingBank(torch.tensor([0]), 2, visibility=Visibility(exclude_group=True))
+    with pytest.raises(ValueError, match="min_prefix must be at least 1, got 0"):
+        StreamingBank(torch.tensor([0]), 2, min_prefix=0)
+
+
+def due_steps(policy, n_epochs=3, steps_an_epoch=4):
+    found = []
+    for step in range(n_epochs * steps_an_epoch):
+        if policy.due(step, step // steps_an_epoch):
+            found.append(step)
+            policy.done(step, step // steps_an_epoch)
+    return found
+
+
+def test_policies_are_due_when_they_say():
+    assert due_steps(Static()) == [0]
+    assert due_steps(EveryKSteps(5)) == [0, 5, 10]
+    assert due_steps(PerEpoch()) == [0, 4, 8]
+    assert due_steps(Ema()) == [0, 4, 8]
+    assert due_steps(Live(2)) == [0, 4, 8]
+
+
+def test_policies_go_on_where_they_stopped():
+    policy, later = EveryKSteps(5), EveryKSteps(5)
+    policy.done(3, 0)
+    assert policy.age_steps(7) == 4
+    later.load_state_dict(policy.state_dict())
+    assert next(step for step in range(3, 12) if later.due(step, 0)) == 8
+
+
+def test_the_momentum_copy_follows_slowly():
+    encoder = nn.BatchNorm1d(2)
+    policy = Ema(momentum=0.9)
+    assert policy.source(encoder) is not encoder
+    with torch.no_grad():
+        encoder.weight.fill_(2.0)
+        encoder.running_mean.fill_(3.0)
+    policy.follow(encoder)
+    copy = policy.source(encoder)
+    # 0.9 * 1 + 0.1 * 2 in float32
+    torch.testing.assert_close(copy.weight, torch.full((2,), 1.1))
+    assert copy.running_mean.tolist() == [3.0, 3.0]
+    assert not any(parameter.requires_grad for parameter in copy.parameters())
+    assert encoder.weight.requires_grad
+    assert Static().source(encoder) is encoder
+
+
+def test_live_users_change_with_the_step_and_repeat_with_the_seed():
+    users = torch.arange(30)
+    drawn = [Live(4, seed=1).users(users, step).tolist() for step in range(10)]
+    assert drawn == [Live(4, seed=1).users(users, step).tolist() for step in range(10)]
+    assert len({tuple(each) for each in drawn}) == 10
+    assert all(len(set(each)) == 4 for each in drawn)
+
+
+def test_drift_is_the_mean_turn():
+    stored = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 0.0]])
+    assert drift(stored, stored) == 0
+    # a right angle, a half turn, nothing, nothing; cosines in float64
+    assert drift(stored, torch.tensor([[0.0, 5.0], [-1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])) == pytest.approx(0.75)
+    assert drift(stored[:0], stored[:0]) == 0
+    with pytest.raises(ValueError, match="share a shape"):
+        drift(stored, stored[:2])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EveryKSteps(0), "k must be at least 1, got 0"),
+        (lambda: Ema(1.5), r"momentum must be in 0..1, got 1.5"),
+        (lambda: Live(0), "n_live must be at least 1, got 0"),
+    ],
+)
+def test_wrong_policies_end_in_one_line(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

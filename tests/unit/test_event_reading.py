@@ -1,0 +1,236 @@
+"""Reading of event files: equal results from equal data, and one clear line for each kind of bad input."""
+
+import gzip
+import re
+
+import numpy as np
+import polars as pl
+import pytest
+
+from datamodules.sources.events import DAY, MISSING, EventColumns, read_events
+
+
+def columns(**arguments) -> EventColumns:
+    settings = {
+        "user": "user",
+        "time": "time",
+        "order": None,
+        "texts": ("kind",),
+        "numbers": ("amount",),
+        "required_numbers": ("amount",),
+        "group": None,
+        "fold": None,
+        "derived": (),
+        "where": (),
+        "time_format": None,
+        "time_unit": None,
+        "relative_times": False,
+        "max_time": None,
+        "duplicates": "error",
+    }
+    return EventColumns(**(settings | arguments))
+
+
+@pytest.fixture
+def frame() -> pl.DataFrame:
+    rng = np.random.default_rng(0)
+    n = 300
+    seconds = rng.choice(60, n) * 3600 + 1_400_000_000
+    return pl.DataFrame(
+        {
+            "user": rng.integers(1, 12, n),
+            "time": pl.Series(seconds * 10**6).cast(pl.Datetime("us")),
+            "place": np.arange(n),
+            "kind": rng.choice(["a", "b", "c c", "d"], n),
+            "amount": rng.normal(size=n).round(3),
+        }
+    )
+
+
+def same(left, right):
+    assert left.user_ids.to_list() == right.user_ids.to_list()
+    assert left.names == right.names
+    for name in ("offsets", "times", "codes", "numbers"):
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
+
+
+def test_parquet_csv_and_gzip_give_the_same(tmp_path, frame):
+    frame.write_parquet(tmp_path / "e.parquet")
+    frame.write_csv(tmp_path / "e.csv")
+    (tmp_path / "e.csv.gz").write_bytes(gzip.compress((tmp_path / "e.csv").read_bytes()))
+    first = read_events([tmp_path / "e.parquet"], columns())
+    for name in ("e.csv", "e.csv.gz"):
+        same(first, read_events([tmp_path / name], columns()))
+    ordered = frame.sort("user", "time", "place")
+    np.testing.assert_array_equal(first.times, ordered["time"].dt.epoch("us").to_numpy())
+    np.testing.assert_array_equal(first.numbers[:, 0], ordered["amount"].to_numpy())
+    assert [first.names[0][code] for code in first.codes[:, 0]] == ordered["kind"].to_list()
+    assert np.repeat(first.user_ids, np.diff(first.offsets)).tolist() == ordered["user"].to_list()
+
+
+def test_unsorted_rows_are_sorted_and_ties_follow_the_order_column(tmp_path, frame):
+    frame.write_parquet(tmp_path / "e.parquet")
+    frame.sample(fraction=1, shuffle=True, seed=3).write_parquet(tmp_path / "shuffled.parquet")
+    by_place = columns(order="place")
+    same(read_events([tmp_path / "e.parquet"], by_place), read_events([tmp_path / "shuffled.parquet"], by_place))
+    frame.with_columns(place=-pl.col("place")).write_parquet(tmp_path / "back.parquet")
+    back = read_events([tmp_path / "back.parquet"], by_place)
+    expected = frame.sort("user", "time", "place", descending=[False, False, True])["amount"]
+    assert back.numbers[:, 0].tolist() == expected.to_list()
+
+
+def test_several_files_are_one(tmp_path, frame):
+    frame.write_parquet(tmp_path / "all.parquet")
+    frame[:100].write_parquet(tmp_path / "a.parquet")
+    frame[100:].write_parquet(tmp_path / "b.parquet")
+    parts = read_events([tmp_path / "a.parquet", tmp_path / "b.parquet"], columns())
+    same(read_events([tmp_path / "all.parquet"], columns()), parts)
+
+
+@pytest.mark.parametrize(("unit", "per_day"), [("s", 86_400), ("ms", 86_400_000), ("us", DAY), ("days", 1)])
+def test_numbers_with_a_unit_are_times(tmp_path, unit, per_day):
+    days = [12_000, 15_000, 15_001]
+    pl.DataFrame({"user": [1, 1, 2], "time": [d * per_day for d in days], "kind": "a", "amount": 1.0}).write_csv(
+        tmp_path / "e.csv"
+    )
+    table = read_events([tmp_path / "e.csv"], columns(time_unit=unit))
+    assert table.times.tolist() == [d * DAY for d in days]
+
+
+def test_dates_zones_and_formats(tmp_path, frame):
+    frame = frame[:3].with_columns(user=pl.Series([1, 2, 3]))
+    zoned = frame.with_columns(time=pl.col("time").dt.replace_time_zone("UTC").dt.convert_time_zone("Asia/Tokyo"))
+    frame.write_parquet(tmp_path / "e.parquet")
+    zoned.write_parquet(tmp_path / "zoned.parquet")
+    frame.with_columns(time=pl.col("time").dt.strftime("%d.%m.%Y %H:%M")).write_csv(tmp_path / "e.csv")
+    plain = read_events([tmp_path / "e.parquet"], columns()).times
+    np.testing.assert_array_equal(plain, read_events([tmp_path / "zoned.parquet"], columns()).times)
+    said = read_events([tmp_path / "e.csv"], columns(time_format="%d.%m.%Y %H:%M")).times
+    # the frame's times are whole hours but for a constant of 1,400,000,000 s, which the minutes cut
+    np.testing.assert_array_equal(plain // 60_000_000, said // 60_000_000)
+    frame.with_columns(pl.col("time").dt.date()).write_parquet(tmp_path / "days.parquet")
+    days = read_events([tmp_path / "days.parquet"], columns()).times
+    np.testing.assert_array_equal(days, plain // DAY * DAY)
+
+
+def test_conditions_derived_columns_and_missing_cells(tmp_path):
+    frame = pl.DataFrame(
+        {
+            "user": ["a", "a", "b", None],
+            "time": ["2020-01-01", "2020-01-02 10:00", "2020-01-03T00:00:00", "2020-01-04"],
+            "kind": ["x", None, "y", "z"],
+            "quantity": [2, 3, 5, 7],
+            "price": [1.5, None, 2.0, 3.0],
+        }
+    )
+    frame.write_csv(tmp_path / "e.csv")
+    asked = columns(
+        derived=(("amount", "quantity * price"),),
+        where=('"user" IS NOT NULL', "quantity < 6"),
+        required_numbers=(),
+    )
+    table = read_events([tmp_path / "e.csv"], asked)
+    np.testing.assert_array_equal(table.numbers[:, 0], [3.0, np.nan, 10.0])
+    assert [table.names[0][code] for code in table.codes[:, 0]] == ["x", MISSING, "y"]
+    assert table.counts == {"read": 4, "kept": 3, "duplicates": 0, "events": 3}
+    with pytest.raises(ValueError, match=r"column 'amount', row 2: is missing"):
+        read_events([tmp_path / "e.csv"], columns(derived=asked.derived, where=asked.where))
+
+
+def test_a_derived_column_may_use_an_earlier_one(tmp_path):
+    pl.DataFrame(GOOD).write_csv(tmp_path / "e.csv")
+    table = read_events([tmp_path / "e.csv"], columns(numbers=("d",), derived=(("c", "amount * 2"), ("d", "c + 1"))))
+    assert table.numbers[:, 0].tolist() == [3.0, 6.0]
+
+
+def test_duplicates(tmp_path, frame):
+    twice = pl.concat([frame, frame[[4, 7]]]).drop("place")
+    twice.write_parquet(tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match=r"row 301: repeats .*as do 1 more; duplicates: 'keep' or 'drop'"):
+        read_events([tmp_path / "e.parquet"], columns())
+    assert len(read_events([tmp_path / "e.parquet"], columns(duplicates="keep")).times) == 302
+    dropped = read_events([tmp_path / "e.parquet"], columns(duplicates="drop"))
+    frame.write_parquet(tmp_path / "once.parquet")
+    same(dropped, read_events([tmp_path / "once.parquet"], columns()))
+
+
+GOOD = {"user": ["1", "2"], "time": ["2020-01-01", "2020-01-02"], "kind": ["a", "b"], "amount": ["1", "2.5"]}
+
+BAD = {
+    "wrong column": ({}, {"user": "usr"}, "no column 'usr' (user_column), nearest: user"),
+    "wrong feature": ({}, {"texts": ("kid",)}, "no column 'kid' (categorical), nearest: kind"),
+    "missing user": ({"user": ["1", ""]}, {}, "column 'user', row 2: is missing"),
+    "missing time": ({"time": ["", "2020-01-02"]}, {}, "column 'time', row 1: is missing"),
+    "relative text": (
+        {"time": ["2020-01-01", "12 days before"]},
+        {},
+        "row 2: '12 days before' cannot be read as a time",
+    ),
+    "relative number": ({"time": ["3", "-4"]}, {}, "holds Int64 without time_unit; times must be absolute"),
+    "negative days": ({"time": ["18000", "-4"]}, {"time_unit": "days"}, "row 2: '-4' lies before 1971 and looks rel"),
+    "future": ({"time": ["2020-01-01", "2999-01-02"]}, {}, "row 2: '2999-01-02' lies in the future, after 2"),
+    "after max_time": ({}, {"max_time": "2020-01-01"}, "row 2: '2020-01-02' lies in the future, after 2020-01-01"),
+    "text number": ({"amount": ["1", "much"]}, {}, "column 'amount', row 2: 'much' is not a number"),
+    "missing number": ({"amount": ["1", ""]}, {}, "column 'amount', row 2: is missing"),
+    "infinite": ({"amount": ["inf", "2"]}, {}, "column 'amount', row 1: 'inf' is not a finite number"),
+    "not a number": ({"amount": ["NaN", "2"]}, {}, "column 'amount', row 1: 'NaN' is not a finite number"),
+    "order": ({}, {"order": "kind"}, "column 'kind' (order_column) must hold integers or dates, got String"),
+    "nothing left": ({}, {"where": ("amount > 9",)}, "nothing is left of 2 rows after where ['amount > 9']"),
+    "no condition": ({}, {"where": ("amount + 1",)}, "where: 'amount + 1' must be true or false for each row"),
+    "no SQL": ({}, {"where": ("amount >",)}, "where: 'amount >' is no SQL expression"),
+    "aggregate": ({}, {"derived": (("d", "MAX(amount)"),), "numbers": ("d",)}, "it gives one value for all rows"),
+    "two folds": (
+        {"user": ["1", "1"], "fold": ["train", "test"]},
+        {"fold": "fold"},
+        "user 1 is in 'test' and in 'train'",
+    ),
+    "wrong fold": ({"fold": ["train", "dev"]}, {"fold": "fold"}, "column 'fold': 'dev' is none of train, validation"),
+    "two groups": ({"user": ["1", "1"], "g": ["x", "y"]}, {"group": "g"}, "row 2: user 1 is in 'y' and in 'x'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_end_in_one_line_with_file_column_and_row(tmp_path, case):
+    change, asked, message = BAD[case]
+    path = tmp_path / "events.csv"
+    pl.DataFrame(GOOD | change).write_csv(path)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_events([path], columns(**asked))
+    assert "\n" not in str(error.value)
+    if "SQL" not in message and "where:" not in message and "one value" not in message:
+        assert str(path) in str(error.value)
+
+
+def test_relative_times_may_be_allowed(tmp_path):
+    pl.DataFrame(GOOD | {"time": ["3", "-4"]}).write_csv(tmp_path / "e.csv")
+    table = read_events([tmp_path / "e.csv"], columns(time_unit="days", relative_times=True))
+    assert table.times.tolist() == [3 * DAY, -4 * DAY]
+
+
+def test_a_number_of_another_kind_late_in_the_file_is_found(tmp_path):
+    n = 10_050
+    amounts = ["1"] * n
+    amounts[10_020], amounts[10_040] = "2.5", "oops"
+    rows = {"user": range(n), "time": ["2020-01-01"] * n, "kind": ["a"] * n, "amount": amounts}
+    pl.DataFrame(rows, strict=False).write_csv(tmp_path / "e.csv")
+    with pytest.raises(ValueError, match=r"row 10041: 'oops' is not a number"):
+        read_events([tmp_path / "e.csv"], columns(where=("amount > 0",)))
+
+
+def test_empty_and_damaged_files(tmp_path):
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(ValueError, match="the file is empty"):
+        read_events([tmp_path / "empty.csv"], columns())
+    (tmp_path / "header.csv").write_text("user,time,kind,amount\n")
+    with pytest.raises(ValueError, match="holds no rows"):
+        read_events([tmp_path / "header.csv"], columns())
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing of the kind")
+    with pytest.raises(ValueError, match=r"bad.parquet: cannot be read"):
+        read_events([tmp_path / "bad.parquet"], columns())
+
+
+def test_ids_of_csv_files_stay_text_where_a_zero_leads(tmp_path):
+    pl.DataFrame(GOOD).write_csv(tmp_path / "a.csv")
+    pl.DataFrame(GOOD | {"user": ["01", "2"]}).write_csv(tmp_path / "b.csv")
+    assert read_events([tmp_path / "a.csv"], columns()).user_ids.to_list() == [1, 2]
+    assert read_events([tmp_path / "b.csv"], columns()).user_ids.to_list() == ["01", "2"]

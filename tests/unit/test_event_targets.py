@@ -1,0 +1,281 @@
+"""Queries and labels against loops, what happens at exactly t, and two planted leaks that must be warned of."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from datamodules.event_preparation import FOREVER, EventLog
+from datamodules.event_targets import (
+    AfterDelay,
+    AfterFirstEvent,
+    AmountAbove,
+    AtEvents,
+    CalendarDates,
+    EventWithin,
+    LastEvent,
+    LocalLabel,
+    NextType,
+    NoEventWithin,
+    RandomTimes,
+    StaticLabel,
+)
+from datamodules.label_checks import check_labels, two_sided_auc, warnings_of
+from datamodules.sources.events import DAY, MISSING
+
+START = 18_000 * DAY
+
+
+def log_of(sequences, *, limits=None, **arguments) -> EventLog:
+    """A log of one list of (day, kind, amount) a user; kinds a, b, c."""
+    rows = [row for sequence in sequences for row in sequence]
+    names = ["a", "b", "c", MISSING]
+    settings = {
+        "offsets": np.cumsum([0, *(len(s) for s in sequences)]),
+        "times": START + np.array([round(day * DAY) for day, _, _ in rows]),
+        "codes": {"kind": np.array([names.index(kind) for _, kind, _ in rows], dtype=np.int32)},
+        "names": {"kind": names},
+        "numbers": {"amount": np.array([amount for _, _, amount in rows], dtype=float)},
+        "static": {},
+        "static_names": {},
+        "user_folds": np.zeros(len(sequences), dtype=np.int8),
+        "user_words": np.arange(len(sequences), dtype=np.uint64) * np.uint64(7919),
+        "by_time": limits is not None,
+        "validation_start": FOREVER if limits is None else START + limits[0] * DAY,
+        "test_start": FOREVER if limits is None else START + limits[1] * DAY,
+        "n_before": 1,
+    }
+    return EventLog(**(settings | arguments))
+
+
+def asked(queries):
+    """(user, day) -> label."""
+    days = (queries["times"] - START) / DAY
+    return {(int(u), float(t)): int(k) for u, t, k in zip(queries["users"], days, queries["labels"], strict=True)}
+
+
+def dates(*days):
+    return [str(np.datetime64(int(START + day * DAY), "us")) for day in days]
+
+
+LONG = [(0, "a", 0.0), (100, "a", 0.0)]
+"""A user who keeps the file open long enough for every horizon."""
+
+
+def test_events_at_exactly_t_are_in_neither_the_history_nor_the_label():
+    log = log_of([[(1, "a", 1), (5, "b", 1)], [(1, "a", 1), (5, "b", 1), (7, "c", 1)], [(5, "b", 1)], LONG])
+    found = asked(NoEventWithin(CalendarDates(dates=dates(5)), days=2).queries(log))
+    # user 2 has no event before day 5; the event at t + 2 days itself counts
+    assert found == {(0, 5.0): 1, (1, 5.0): 0, (3, 5.0): 1}
+    assert asked(NoEventWithin(CalendarDates(dates=dates(5)), days=1.999).queries(log))[(1, 5.0)] == 1
+
+
+def test_users_decided_at_or_before_t_are_not_asked():
+    sequences = [
+        [(1, "a", 1), (3, "b", 1), (8, "b", 1)],  # decided before
+        [(1, "a", 1), (5, "b", 1), (8, "b", 1)],  # decided at t
+        [(1, "a", 1), (8, "b", 1)],
+        [(1, "a", 1), (8, "c", 1)],
+        LONG,
+    ]
+    found = asked(EventWithin(CalendarDates(dates=dates(5)), 5, "kind", ["b"]).queries(log_of(sequences)))
+    assert found == {(2, 5.0): 1, (3, 5.0): 0, (4, 5.0): 0}
+
+
+def test_an_unknown_value_names_the_nearest():
+    with pytest.raises(ValueError, match="column 'kind' has no value 'A'"):
+        EventWithin(AfterFirstEvent(), 5, "kind", ["A"]).queries(log_of([LONG]))
+
+
+def test_rules_ask_when_they_say():
+    log = log_of([[(1, "a", 1), (1, "b", 1), (4.5, "a", 1)], [(2, "a", 1), (30, "a", 1)], LONG])
+    users, times = AfterFirstEvent().pairs(log)
+    assert (times - START).tolist() == [DAY + 1, 2 * DAY + 1, 1]
+    assert log.before(users, times).tolist() == [2, 4, 6]
+    assert ((AfterDelay(10).pairs(log)[1] - START) / DAY).tolist() == [11, 12, 10]
+    assert (AtEvents().pairs(log)[1] - START)[:3].tolist() == [DAY, 4.5 * DAY, 2 * DAY]
+    assert (LastEvent().pairs(log)[1] - START).tolist() == [4.5 * DAY + 1, 30 * DAY + 1, 100 * DAY + 1]
+    users, times = CalendarDates(every_days=10, first=dates(2)[0]).pairs(log)
+    assert sorted(set(((times - START) / DAY).tolist())) == [2, 12, 22, 32, 42, 52, 62, 72, 82, 92]
+    assert users[times == START + 2 * DAY].tolist() == [0, 2]  # user 1 starts at exactly day 2
+    users, times = CalendarDates(dates=dates(12), active_days=8).pairs(log)
+    assert users.tolist() == [0]
+    users, times = RandomTimes(per_user=3, seed=5).pairs(log)
+    assert np.bincount(users).tolist() == [3, 3, 3]
+    assert (times > log.times[log.offsets[users]]).all()
+    assert (times < log.end).all()
+    assert len(np.unique(times)) == 9
+
+
+def test_random_times_cover_the_time_evenly():
+    log = log_of([LONG] * 400)
+    times = (RandomTimes(per_user=5).pairs(log)[1] - START) / (100 * DAY)
+    # five standard errors of a mean of 2000 uniform numbers
+    assert abs(times.mean() - 0.5) < 5 * (1 / 12 / 2000) ** 0.5
+    assert times.std() == pytest.approx((1 / 12) ** 0.5, rel=0.05)
+
+
+def test_amounts_above_the_train_quantile_against_a_loop():
+    rng = np.random.default_rng(1)
+    sequences = [
+        [(float(day), "a", float(rng.integers(-3, 9))) for day in np.sort(rng.uniform(0, 60, 20))] for _ in range(30)
+    ]
+    sequences[0][3] = (sequences[0][3][0], "a", float("nan"))
+    folds = np.arange(30) % 3
+    log = log_of(sequences, user_folds=folds.astype(np.int8))
+    queries = AmountAbove(CalendarDates(every_days=7), 10, "amount", quantile=0.7).queries(log)
+    sums = []
+    for user, time in zip(queries["users"], queries["times"], strict=True):
+        window = [a for day, _, a in sequences[user] if time < START + round(day * DAY) <= time + 10 * DAY]
+        sums.append(sum(a for a in window if a == a))
+    threshold = np.quantile([s for s, f in zip(sums, queries["fold"], strict=True) if f == 0], 0.7)
+    assert queries["labels"].tolist() == [int(s > threshold) for s in sums]
+    assert 0.2 < queries["labels"].mean() < 0.4
+
+
+def test_next_type_is_the_rank_in_training_and_stays_in_its_fold():
+    sequences = [[(day, kind, 1) for day, kind in zip(range(1, 7), "abbcab", strict=True)], LONG]
+    log = log_of(sequences, limits=(3.5, 5.5))
+    # training: a a b b ... ties by name: user 0 has a b b, LONG has a
+    queries = NextType(AtEvents(), "kind", top=2).queries(log)
+    assert asked(queries) == {(0, 2.0): 1, (0, 3.0): 1, (0, 5.0): 0, (0, 6.0): 1, (1, 100.0): 0}
+    assert queries["fold"].tolist() == [0, 0, 1, 2, 2]
+    # The next event after day 3 lies in another fold than the query.
+    assert asked(NextType(CalendarDates(dates=dates(3.2)), "kind", top=2).queries(log)) == {}
+
+
+def test_labels_of_the_file():
+    log = log_of([LONG, LONG, LONG], static={"age": np.array([1, -1, 0])}, static_names={"age": ["old", "young"]})
+    queries = StaticLabel(AfterFirstEvent(), "age").queries(log)
+    assert (queries["users"].tolist(), queries["labels"].tolist(), queries["n_classes"]) == ([0, 2], [1, 0], 2)
+    log = log_of([[(1, "b", 1), (2, "c", 1), (3, MISSING, 1), (9, "a", 1)]])
+    queries = LocalLabel(CalendarDates(dates=dates(1.5, 2, 2.5, 3.5)), "kind").queries(log)
+    # the event at exactly day 2 is not yet known at day 2
+    assert asked(queries) == {(0, 1.5): 1, (0, 2.0): 1, (0, 2.5): 2}
+    assert queries["n_classes"] == 3
+
+
+def test_limits_draw_the_same_queries_again():
+    log = log_of([[(day, "a", 1) for day in range(0, 60, 3)] for _ in range(20)], limits=(30, 45))
+    everything = asked(NoEventWithin(CalendarDates(every_days=2), 2).queries(log))
+    target = NoEventWithin(CalendarDates(every_days=2), 2, max_queries_per_user=3, max_queries=25, seed=1)
+    queries = target.queries(log)
+    assert asked(queries).items() <= everything.items()
+    for fold in range(3):
+        users = queries["users"][queries["fold"] == fold]
+        assert len(users) == 25
+        assert np.bincount(users).max() <= 3
+    assert asked(target.queries(log)) == asked(queries)
+    other = NoEventWithin(CalendarDates(every_days=2), 2, max_queries_per_user=3, max_queries=25, seed=2)
+    assert asked(other.queries(log)) != asked(queries)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AfterDelay(0), "days must be above 0, got 0"),
+        (lambda: CalendarDates(), "one of every_days and dates must be given"),
+        (lambda: CalendarDates(dates=["soon"]), "dates: 'soon' must be a date or time"),
+        (lambda: CalendarDates(dates=["2020-01-01"], first="2020-01-01"), "first goes with every_days"),
+        (lambda: RandomTimes(per_user=0), "per_user must be at least 1"),
+        (lambda: NoEventWithin(AtEvents(), 3), "for NextType, not NoEventWithin"),
+        (lambda: NoEventWithin(AfterFirstEvent(), -1), "days must be above 0, got -1"),
+        (lambda: NoEventWithin(AfterFirstEvent(), 1, max_queries=0), "max_queries must be at least 1"),
+        (lambda: AmountAbove(AfterFirstEvent(), 1, "amount", quantile=1), "quantile must be between 0 and 1"),
+        (lambda: NextType(AtEvents(), "kind", top=1), "top must be at least 2"),
+        (lambda: LocalLabel(AfterFirstEvent(), "kind", days=-1), "days must be at least 0"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_two_sided_auc_against_all_pairs():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 6, 120).astype(float), rng.random(120) < 0.4
+    ahead = scores[positive][:, None] - scores[~positive]
+    auc = ((ahead > 0) + 0.5 * (ahead == 0)).mean()
+    # both are sums of fewer than 10^4 halves, exact but for one division
+    users = np.arange(120)
+    assert two_sided_auc(scores, positive, users) == pytest.approx(max(auc, 1 - auc), abs=1e-12)
+    assert np.isnan(two_sided_auc(scores, users < 5, users))
+    # 48 queries of the class, but of three users
+    assert np.isnan(two_sided_auc(scores, positive, np.where(positive, users % 3, users)))
+
+
+def churners(rng, n=400, *, overwritten=False):
+    """Half of the users stop after their third event; overwritten: their amounts are set to 0 afterwards."""
+    sequences = []
+    for user in range(n):
+        days = np.cumsum(rng.uniform(1, 9, 12))
+        amounts = rng.lognormal(size=12)
+        stops = rng.random() < 0.5
+        if stops:
+            days, amounts = days[:3], amounts[:3]
+            if overwritten and user % 20:
+                amounts = np.zeros(3)
+        sequences.append([(float(d), "ab"[int(rng.integers(2))], float(a)) for d, a in zip(days, amounts, strict=True)])
+    return [*sequences, LONG]
+
+
+def checks(log, target):
+    rows = check_labels(log, target.queries(log), ["kind"], ["amount"])
+    return rows, warnings_of("churn", rows)
+
+
+def test_clean_data_is_not_warned_of():
+    rows, lines = checks(log_of(churners(np.random.default_rng(2))), NoEventWithin(AfterDelay(20), 30))
+    assert lines == []
+    assert [(row["feature"], row["what"]) for row in rows] == [
+        ("time of the query", "delay"),
+        ("amount", "value"),
+        ("amount", "missing"),
+        ("amount", "zero"),
+        ("kind", "value"),
+        ("kind", "missing"),
+    ]
+    assert all(0.5 <= row["auc"] < 0.7 for row in rows)
+
+
+def test_a_feature_that_is_overwritten_after_the_outcome_is_warned_of():
+    log = log_of(churners(np.random.default_rng(2), overwritten=True))
+    _, lines = checks(log, NoEventWithin(AfterDelay(20), 30))
+    assert any("'churn': value of 'amount' tells the label" in line for line in lines)
+    assert any("'churn': zero of 'amount' tells the label" in line for line in lines)
+    assert not any("'kind'" in line or "time of the query" in line for line in lines)
+
+
+def test_a_query_time_that_depends_on_the_outcome_is_warned_of():
+    log = log_of(churners(np.random.default_rng(2)))
+    queries = NoEventWithin(LastEvent(), 30).queries(log)
+    assert queries["outcome_dependent"]
+    # Every last event is followed by none: the label there is whether the user stopped early.
+    early = (queries["times"] - log.times[log.offsets[queries["users"]]] < 30 * DAY).astype(int)
+    rows = check_labels(log, queries | {"labels": early}, ["kind"], ["amount"])
+    lines = warnings_of("stopped", rows)
+    assert len(lines) == 1
+    assert "'stopped': delay of 'time of the query' tells the label, two-sided AUC 1.000" in lines[0]
+
+
+def test_a_leak_among_old_events_alone_is_found_by_age():
+    rng = np.random.default_rng(4)
+    sequences = []
+    for _ in range(600):
+        old = rng.random() < 0.25
+        label = rng.random() < 0.5
+        amount = float(label) if old else float(rng.random())
+        sequences.append([(5.0 if old else 9.0, "a", amount), *([(12.0, "a", 1.0)] if not label else [])])
+    log = log_of([*sequences, LONG])
+    rows, lines = checks(log, NoEventWithin(CalendarDates(dates=dates(10)), 5))
+    value = rows[1]
+    assert value["auc"] < 0.9 < value["worst"] == max(auc for auc in value["auc_by_age"] if auc is not None)
+    assert any("value of 'amount'" in line for line in lines)
+
+
+def test_warnings_name_target_feature_and_auc(caplog):
+    row = {"feature": "amount", "what": "zero", "auc": 0.5, "auc_by_age": [None] * 4, "worst": 0.96}
+    (line,) = warnings_of("churn", [row, row | {"worst": 0.9}, row | {"worst": None}])
+    logging.getLogger("datamodules").warning(line)
+    assert "target 'churn': zero of 'amount'" in caplog.text
+    assert "0.960" in caplog.text
