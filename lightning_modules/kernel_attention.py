@@ -1,33 +1,30 @@
 """Representations of event sequences enriched with what others were doing at that moment.
 
-Source: arXiv 2502.10205; where the released code looks ahead, sees itself or computes on seconds, the right thing is the
-default and the released behaviour a flag.
+Source: arXiv 2502.10205; where the released code looks ahead, sees itself or computes on seconds, the right thing is
+the default and the released behaviour a flag.
 """
 
 import os
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_modules.context.aggregators import AggregatorFactory, KernelAttention
-from lightning_modules.context.bank import ContextBank
 from lightning_modules.context.combination import CombinationFactory, Concat
-from lightning_modules.context.enriched import ContextRules, EnrichedEncoder
-from lightning_modules.context.evaluation import Embeddings, Evaluation, evaluate, exported
-from lightning_modules.context.fixed_sequences import even_slices, gathered, sliding_windows
-from lightning_modules.context.refresh import Ema, Live, PerEpoch, Refresh, Static, drift
+from lightning_modules.context.enriched import Asked, ContextRules, EnrichedEncoder
+from lightning_modules.context.evaluation import Embeddings, Encoded, Evaluation, evaluate, exported
+from lightning_modules.context.fit_contexts import FitContexts
+from lightning_modules.context.fixed_sequences import validation_sequences
+from lightning_modules.context.refresh import PerEpoch, Refresh, Static
 from lightning_modules.context.study import ContextStudy
-from lightning_modules.context.visible import Events
-from lightning_modules.losses import CoLES, ObjectiveFactory
-from lightning_modules.networks import EncoderFactory, RecurrentEncoder, encode_table
-
-SHARED = "shared"
-"""Name of the bank of a frozen encoder, which all aggregators read."""
+from lightning_modules.context.visible import Context, Events
+from lightning_modules.losses import CoLES, EventObjective, ObjectiveFactory
+from lightning_modules.networks import EncoderFactory, EventEncoder, RecurrentEncoder
 
 
 def _adam(params: Any) -> torch.optim.Optimizer:
@@ -39,14 +36,18 @@ class KernelAttentionAggregator(LightningModule):
 
     ``fit`` first trains the encoder on its own objective (or loads it) and keeps its epoch of least ``val/loss``, then
     all aggregators at once by the same kind of loss on z = combination(q, b), with the encoder frozen or, each branch
-    its own copy, tuned. ``test`` hands own states, time features and contexts to probes of every target and returns a
-    study; ``predict`` gives embeddings with the users that influenced them. Batches are those of
-    ``EventSequencesDataModule``: sequences in training; in validation, test and prediction one batch of flat events,
-    context users and queries. In validation nothing of the test is in it, and under a time split weights and banks of
-    the fit end at ``train_stop``; later the context goes on taking in events strictly before each query.
+    its own copy, tuned; of these the last epoch is kept. ``test`` hands own states, time features and contexts to
+    probes of every target and returns a study; ``predict`` gives embeddings with the users that influenced them.
 
-    Logged: ``train/loss``; ``val/loss`` of what is being trained, ``val/<aggregator>/loss`` of each; with a tuned
-    encoder ``bank/<aggregator>/drift``, 1 - cosine of stored and fresh states.
+    Batches are those of ``EventSequencesDataModule``: sequences in training; in validation, test and prediction one
+    batch of flat events, context users and queries. In validation nothing of the test is in it, and under a time split
+    weights and banks of the fit end at ``train_stop``; later the context goes on taking in events strictly before each
+    query.
+
+    Logged: ``train/loss``, the mean over what is trained; ``val/loss``, and ``val/<aggregator>/loss`` or
+    ``val/wide/loss`` of each, over one batch of all validation sequences, so that a CoLES that sums over pairs has
+    another scale there than in training; with a tuned encoder ``bank/<aggregator>/drift``, 1 - cosine of the bank's
+    states and fresh ones at the end of an epoch, and ``bank/<aggregator>/age_steps``, batches since it was encoded.
 
     Args:
         vocabulary_sizes: Of the categorical features, linked by the CLI as the next two.
@@ -64,14 +65,15 @@ class KernelAttentionAggregator(LightningModule):
         context: What counts as context.
         tune_encoder: Whether branches train copies of the encoder; a branch without context gets as many epochs.
         refresh: When the bank is encoded anew while tuning; by default every epoch, with a frozen encoder never.
-        max_context_queries: Most steps of a training batch whose context is looked up.
+        max_context_queries: Most steps of a batch whose context is looked up, where the objective reads every step:
+            later sequences of the batch are left out.
         evaluation: Probes, arms and controls of the test.
         reference_mode: Context as the released code has it, see ``ContextRules.published``.
         encoder_optimizer: Called with the parameters of an encoder and its objective.
         aggregator_optimizer: Called with the parameters of each branch.
 
     Raises:
-        ValueError: If a fact of the data was not linked, or numbers of epochs do not fit together.
+        ValueError: If a fact of the data was not linked, or arguments do not fit together.
     """
 
     def __init__(
@@ -111,9 +113,17 @@ class KernelAttentionAggregator(LightningModule):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if encoder_weights and encoder_epochs:
             raise ValueError(f"encoder_epochs must be 0 with encoder_weights, got {encoder_epochs}")
+        if wide_encoder is not None and not encoder_epochs:
+            raise ValueError("wide_encoder is trained beside the encoder and needs encoder_epochs, got 0")
+        if refresh is not None and not tune_encoder:
+            raise ValueError(
+                "refresh is for a tuned encoder (tune_encoder): the states of a frozen one stay as they are"
+            )
+        if "encoder" in (aggregators or {}):
+            raise ValueError("no aggregator may be called 'encoder', which names the one that is pre-trained")
         super().__init__()
         self.automatic_optimization = False
-        known = {"vocabulary_sizes": list(vocabulary_sizes), "n_numeric": n_numeric}
+        known: dict[str, Any] = {"vocabulary_sizes": list(vocabulary_sizes), "n_numeric": n_numeric}
         network = encoder(**known)
         if encoder_weights:
             network.load_state_dict(encoder_from(encoder_weights))
@@ -133,34 +143,34 @@ class KernelAttentionAggregator(LightningModule):
         if self.wide is not None:
             self.pretraining["wide"] = encoder_objective(d=self.wide.d_model, **known)
         self.encoder_epochs, self.aggregator_epochs = encoder_epochs, aggregator_epochs
-        if refresh is not None and not tune_encoder:
-            raise ValueError("refresh is for a tuned encoder: the states of a frozen one stay as they are")
         self.max_context_queries = max_context_queries
         self.evaluation = evaluation or Evaluation()
+        self.evaluation.check_aggregators(self.model.aggregators)
         self.encoder_optimizer, self.aggregator_optimizer = encoder_optimizer, aggregator_optimizer
         self.learned = [name for name in self.model.branches if self.model.branch(name).learns]
         if self.learned and aggregator_epochs == 0:
             raise ValueError(f"aggregator_epochs must be at least 1 for {', '.join(self.learned)}, got 0")
         if encoder_epochs + (aggregator_epochs if self.learned else 0) == 0:
             raise ValueError("nothing is trained: encoder_weights are given and no aggregator has anything to learn")
-        # Contexts of the fit, by branch; one for all with a frozen encoder.
-        self.banks: dict[str, ContextBank] = {}
-        with_context = self.model.aggregators if tune_encoder else [SHARED]
-        policy = refresh or (PerEpoch() if tune_encoder else Static())
-        self.refreshes = {name: deepcopy(policy) for name in with_context}
-        self._seen: dict[str, Any] = {}
-        self._validation: dict[str, dict[str, Tensor]] = {}
-        self._best_encoder: tuple[float, dict[str, Tensor]] | None = None
+        self._policy = refresh or (PerEpoch() if tune_encoder else Static())
+        self._start_over()
 
-    def forward(self, events: Events, name: str = SHARED) -> Tensor:
-        """``(E, d)`` own states after every event."""
+    def _start_over(self) -> None:
+        """Forget an earlier fit, but for its weights."""
+        self.contexts = FitContexts(self.model, self._policy)
+        self._best: dict[str, tuple[float, dict[str, Tensor]]] = {}
+
+    def forward(self, events: Events, name: str = "own") -> Tensor:
+        """``(E, d)`` own states after every event, of the encoder that the branch ``name`` reads."""
         return self.model.encode(events, name)
 
     # Fit
 
     @property
     def _is_pretraining(self) -> bool:
-        return self.current_epoch < self.encoder_epochs
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            return self.current_epoch < self.encoder_epochs
+        return not self.contexts.banks  # a validation by itself, of the phase that a checkpoint ended in
 
     def on_fit_start(self) -> None:
         """See that the trainer fits the plan.
@@ -168,71 +178,50 @@ class KernelAttentionAggregator(LightningModule):
         Raises:
             ValueError: If epochs do not add up, or there are several processes.
         """
-        if self.trainer.world_size > 1:
-            raise ValueError(f"KernelAttentionAggregator is fitted by one process, got {self.trainer.world_size}")
+        self._require_one_process()
         wanted = self.encoder_epochs + (self.aggregator_epochs if self.learned else 0)
         if self.trainer.max_epochs != wanted:
             what = f"{self.encoder_epochs} of the encoder and {wanted - self.encoder_epochs} of the aggregators"
             raise ValueError(f"trainer.max_epochs must be {wanted}: {what}, got {self.trainer.max_epochs}")
 
+    def _require_one_process(self) -> None:
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"KernelAttentionAggregator needs one process (--trainer.devices 1), got {self.trainer.world_size}"
+            )
+
     def on_train_start(self) -> None:
         """Take the flat events of validation: what banks of the fit are built from.
 
         Raises:
-            ValueError: If there is no validation.
+            ValueError: If there is no validation, or it lacks what will be asked of it.
         """
         if not self.trainer.val_dataloaders or not self.trainer.limit_val_batches:
-            raise ValueError("banks are built from the events of validation, there is none (trainer.limit_val_batches)")
-        self._seen = next(iter(self.trainer.val_dataloaders))
+            raise ValueError(
+                "banks are built from the events of validation, which must follow each epoch: see "
+                "trainer.limit_val_batches and trainer.check_val_every_n_epoch"
+            )
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed, and a resumed fit draws one more of them
+            seen = next(iter(self.trainer.val_dataloaders))
+        self.evaluation.check_targets(seen["queries"], (0, 1))
+        if self.current_epoch == 0:
+            self._start_over()
+        self.contexts.read(seen["events"], seen["context_users"], seen["train_stop"], self.device)
 
     def on_train_epoch_start(self) -> None:
-        """Freeze the encoder and build the context once aggregators train; encode it anew where that is due."""
-        if self._is_pretraining:
-            return
-        first = self.current_epoch == self.encoder_epochs
-        if first and self._best_encoder is not None:
-            self.model.encoder.load_state_dict(self._best_encoder[1])
-        self.model.encoder.requires_grad_(False).eval()  # statistics of its norms too
-        if first:
+        """Freeze the encoder, statistics of its norms too, once aggregators train."""
+        self.model.encoder.requires_grad_(self._is_pretraining).train(self._is_pretraining)
+        if self.current_epoch == self.encoder_epochs:
             self.model.start_tuning()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Encode the context anew where that is due."""
-        if self._is_pretraining or not self.learned:
+        if self._is_pretraining:
             return
-        step, epoch = self.global_step, self.current_epoch
-        for name, refresh in self.refreshes.items():
-            if refresh.due(step, epoch):
-                self._encode_context(name, refresh)
-                refresh.done(step, epoch)
-
-    def _encode_context(self, name: str, refresh: Refresh) -> None:
-        events = self._seen["events"]
-        source: Any = refresh.source(self.model.encoder_of(name))
-        states = encode_table(source, events, window=self.model.rules.window)
-        bank = self.model.bank(states, events, self._seen["context_users"], self._seen["train_stop"]).to(self.device)
-        if name in self.banks:
-            self.log(f"bank/{name}/drift", drift(self.banks[name].states, bank.states), batch_size=1)
-        self.banks[name] = bank
-
-    def bank_of(self, name: str) -> ContextBank | None:
-        """The context a branch is trained with; None for the branch that has none."""
-        return self.banks.get(name if self.model.tune else SHARED)
-
-    def _live_states(self, name: str, bank: ContextBank | None) -> Tensor | None:
-        """States of the bank with those of some users encoded in this step, with gradient."""
-        refresh = self.refreshes.get(name)
-        if not isinstance(refresh, Live) or bank is None or not torch.is_grad_enabled():
-            return None
-        users = refresh.users(bank.context_users, self.global_step).cpu()
-        events = self._seen["events"]
-        starts, lengths = events["offsets"][users], events["offsets"].diff()[users]
-        batch = {key: value.to(self.device) for key, value in gathered(events, users, starts, lengths).items()}
-        steps = self.model.encoder_of(name).encode_steps(batch)
-        rows = bank.rows_of(users.to(self.device))
-        event_rows = (batch["starts"].unsqueeze(1) + torch.arange(steps.shape[1], device=self.device))[batch["mask"]]
-        place = torch.searchsorted(event_rows, bank.event_rows[rows])  # both rise: users and events are in order
-        return bank.states.index_copy(0, rows, steps[batch["mask"]][place])
+        self.contexts.encode_due(self.current_epoch)
+        if self.model.tune:
+            ages = {f"bank/{name}/age_steps": age for name, age in self.contexts.ages().items()}
+            self.log_dict(ages, on_step=False, on_epoch=True, batch_size=1)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """A step of the encoder, or of every branch that has something to learn."""
@@ -240,88 +229,92 @@ class KernelAttentionAggregator(LightningModule):
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         named = dict(zip(self._optimised, optimizers, strict=True))
         losses = []
-        for name in self._trained_now:
-            loss = self._loss(name, batch)
+        for name, loss in self._losses(batch):
             named[name].zero_grad()
             self.manual_backward(loss)
             named[name].step()
-            if name in self.refreshes:
-                self.refreshes[name].follow(self.model.encoder_of(name))
+            self.contexts.follow(name)
             losses.append(loss.detach())
-        self.log(
-            "train/loss",
-            torch.stack(losses).mean(),
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(batch["mask"]),
-        )
+        self.contexts.steps += not self._is_pretraining
+        mean = torch.stack(losses).mean()
+        self.log("train/loss", mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch["mask"]))
 
     @property
     def _optimised(self) -> list[str]:
         return ([*self.pretraining] if self.encoder_epochs else []) + self.learned
 
-    @property
-    def _trained_now(self) -> list[str]:
-        return [*self.pretraining] if self._is_pretraining else self.learned
+    def _losses(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Losses of all that is trained now, one by one, so that one graph at a time is held."""
+        if self._is_pretraining:
+            for name in self.pretraining:
+                network, objective = self._pretrained(name), self._objective(name)
+                encoded = network.encode_last(batch) if objective.needs == "last" else network.encode_steps(batch)
+                yield name, objective(encoded, batch)
+            return
+        # Branches of a frozen encoder ask the same: it is looked up once.
+        frozen = None if self.model.tune else self._looked_up(self.learned[0], batch)
+        for name in self.learned:
+            query, context, asked = frozen or self._looked_up(name, batch)
+            yield name, self.model.branch(name).loss(query, context, asked)
 
-    def _loss(self, name: str, batch: Mapping[str, Tensor]) -> Tensor:
-        if name in self.pretraining:
-            network = self.model.encoder if name == "encoder" else self.wide
-            assert network is not None
-            objective: Any = self.pretraining[name]
-            return objective(network.encode_last(batch) if objective.needs == "last" else network.encode_steps(batch), batch)
-        branch = self.model.branch(name)
-        bank = self.bank_of(name)
-        return branch.loss(
-            self.model.encoder,
-            bank,
-            batch,
-            max_queries=self.max_context_queries,
-            states=self._live_states(name, bank),
-        )
+    def _looked_up(self, name: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, Context | None, Asked]:
+        asked = Asked.by(self._objective(name), batch, self.max_context_queries)
+        with torch.set_grad_enabled(self.model.tune and torch.is_grad_enabled()):
+            query = asked.states(self.model.encoder_of(name))
+        bank = self.contexts.bank(name)
+        if bank is None:
+            return query, None, asked
+        return query, bank.context(asked.times, asked.users, states=self.contexts.live_states(name)), asked
 
-    def _validation_batch(self, batch: dict[str, Any], needs: str) -> dict[str, Tensor]:
-        """The same sequences of validation users in every epoch; under a time split none begins before it."""
-        if needs not in self._validation:
-            queries = batch["queries"].values()
-            users = torch.cat([one["users"][one["fold"] == 1] for one in queries]).unique()
-            start = batch["train_stop"] if batch["split"] == "time" else -(2**63)
-            cut = even_slices if needs == "last" else sliding_windows
-            self._validation[needs] = cut(batch["events"], users[: self.evaluation.max_validation_users], start=start)
-        return self._validation[needs]
+    def _pretrained(self, name: str) -> EventEncoder:
+        network = self.model.encoder if name == "encoder" else self.wide
+        assert network is not None
+        return network
+
+    def _objective(self, name: str) -> EventObjective:
+        found: Any = self.pretraining[name] if name in self.pretraining else self.model.branch(name).objective
+        return found
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss of what is being trained on sequences of validation."""
+        """Loss of what is being trained on sequences of validation.
+
+        Raises:
+            ValueError: If there are no such sequences.
+        """
         if self.trainer.sanity_checking:
             return
-        losses = {}
-        for name in self._trained_now:
-            objective: Any = self.pretraining[name] if name in self.pretraining else self.model.branch(name).objective
-            sequences = self._validation_batch(batch, objective.needs)
-            if sequences:
-                losses[name] = self._loss(name, {key: value.to(self.device) for key, value in sequences.items()})
-        if not losses:
-            raise ValueError("no validation user has two events to compute a loss of, give more (validation_fraction)")
-        key = "encoder" if self._is_pretraining else None
-        loss = losses[key] if key else torch.stack(list(losses.values())).mean()
+        longest = [one.max_length for one in (self.model.encoder, self.wide) if one is not None and one.max_length]
+        sequences = validation_sequences(
+            batch,
+            self._objective("encoder" if self._is_pretraining else self.learned[0]),
+            max_length=min(longest, default=None),
+            max_users=self.evaluation.max_validation_users,
+            supervised=self.evaluation.supervised,
+        )
+        losses = dict(self._losses({key: value.to(self.device) for key, value in sequences.items()}))
+        loss = losses.pop("encoder") if self._is_pretraining else torch.stack(list(losses.values())).mean()
         self.log("val/loss", loss, prog_bar=True, batch_size=1)
-        if not self._is_pretraining:
-            self.log_dict({f"val/{name}/loss": value for name, value in losses.items()}, batch_size=1)
-        elif self._best_encoder is None or float(loss) < self._best_encoder[0]:
-            state = {key: value.detach().clone() for key, value in self.model.encoder.state_dict().items()}
-            self._best_encoder = float(loss), state
+        self.log_dict({f"val/{name}/loss": value for name, value in losses.items()}, batch_size=1)
+        if self._is_pretraining and self.trainer.state.fn == TrainerFn.FITTING:
+            for name, value in {"encoder": loss, **losses}.items():
+                if float(value) < self._best.get(name, (float("inf"), {}))[0]:
+                    weights = self._pretrained(name).state_dict()
+                    self._best[name] = float(value), {key: one.detach().clone() for key, one in weights.items()}
 
-    def on_train_end(self) -> None:
-        """The best epoch of the encoder is kept also where no aggregator learns."""
-        if self._best_encoder is not None and not self.learned:
-            self.model.encoder.load_state_dict(self._best_encoder[1])
+    def on_train_epoch_end(self) -> None:
+        """Go back to the best epoch when encoders are done, before a checkpoint is written; see how banks drifted."""
+        if self.current_epoch == self.encoder_epochs - 1:
+            for name, (_, weights) in self._best.items():
+                self._pretrained(name).load_state_dict(weights)
+        if not self._is_pretraining and self.model.tune:
+            drifts = {f"bank/{name}/drift": value for name, value in self.contexts.drifts().items()}
+            self.log_dict(drifts, batch_size=1)
 
     # Test and prediction
 
     @torch.no_grad()
     def represent(self, events: Events, users: Tensor, times: Tensor, context_users: Tensor | None = None) -> Tensor:
-        """Features of queries ``(Q, k)``: own states, then the context vectors of every aggregator.
+        """Features of queries ``(Q, k)``: own states, of every branch where it is tuned, then contexts of aggregators.
 
         A query reads events strictly before its time alone, of itself and of others: what an audit checks.
 
@@ -331,18 +324,60 @@ class KernelAttentionAggregator(LightningModule):
             times: ``(Q,) int64`` microseconds.
             context_users: Users others may see; None takes all.
         """
-        everybody = torch.arange(len(events["offsets"]) - 1) if context_users is None else context_users
-        parts: list[Tensor] = []
-        for name in self.model.aggregators:
-            states = self.model.encode(events, name)
-            own = self.model.own(states, events, users, times, name).states
-            bank = self.model.bank(states, events, everybody)
-            parts += [*([] if parts else [own]), self.model.contexts(name, own, bank, users, times)]
+        encoded = self._encoded(events, context_users)
+        own = {name: encoded.own(name, users, times).states for name in ["own", *self.model.aggregators]}
+        kept = [*self.model.branches] if self.model.tune else ["own"]
+        contexts = [encoded.context(name, own[name], users, times) for name in self.model.aggregators]
+        return torch.cat([*(own[name] for name in kept), *contexts], dim=1)
+
+    @torch.no_grad()
+    def represent_context(
+        self,
+        own: Events,
+        others: Events,
+        users: Tensor,
+        times: Tensor,
+        context_times: Tensor,
+        context_users: Tensor | None = None,
+    ) -> Tensor:
+        """The context vectors alone ``(Q, k)``, own history and others taken from tables of their own.
+
+        Args:
+            own: Flat events that own states at ``times`` are read from.
+            others: Flat events of the same users that others are read from.
+            users: ``(Q,) int64``.
+            times: ``(Q,) int64`` microseconds.
+            context_times: ``(Q,) int64`` moments at which others are looked up.
+            context_users: Users others may see; None takes all.
+        """
+        mine, theirs = self._encoded(own, context_users), self._encoded(others, context_users)
+        parts = [
+            theirs.context(name, mine.own(name, users, times).states, users, context_times)
+            for name in self.model.aggregators
+        ]
         return torch.cat(parts, dim=1)
+
+    def _encoded(self, events: Events, context_users: Tensor | None) -> Encoded:
+        everybody = torch.arange(len(events["offsets"]) - 1)
+        return Encoded(self.model, events, everybody if context_users is None else context_users)
+
+    def on_test_start(self) -> None:
+        """One process holds all queries.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        self._require_one_process()
+
+    def on_predict_start(self) -> None:
+        """As :meth:`on_test_start`."""
+        self._require_one_process()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> ContextStudy:  # type: ignore[override]
         """Probe every target with and without context; the report callback reads what is returned."""
-        return evaluate(self.model, batch, self.evaluation, wide=self.wide, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))
+        return evaluate(
+            self.model, batch, self.evaluation, wide=self.wide, seed=int(os.environ.get("PL_GLOBAL_SEED", 0))
+        )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Embeddings:
         """Embeddings at the test queries of the first target, with own state, context and who influenced it most."""
@@ -351,35 +386,28 @@ class KernelAttentionAggregator(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the contexts of the fit and the best encoder: tensors and plain values."""
-        checkpoint["banks"] = {name: bank.state_dict() for name, bank in self.banks.items()}
-        checkpoint["best_encoder"] = self._best_encoder
-        checkpoint["refreshes"] = {name: refresh.state_dict() for name, refresh in self.refreshes.items()}
-        checkpoint["momentum_encoders"] = {
-            name: refresh.momentum_encoder.state_dict()
-            for name, refresh in self.refreshes.items()
-            if isinstance(refresh, Ema) and refresh.momentum_encoder is not None
-        }
+        """Keep the contexts of the fit and the best encoders: tensors and plain values."""
+        checkpoint["contexts"] = self.contexts.state_dict()
+        checkpoint["best_encoders"] = self._best
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up contexts, the best encoder, and where the policies of refreshing stood."""
-        self.banks = {name: ContextBank() for name in checkpoint.get("banks", {})}
-        for name, bank in self.banks.items():
-            bank.load_state_dict(checkpoint["banks"][name])
-        self._best_encoder = checkpoint.get("best_encoder")
-        for name, state in checkpoint.get("refreshes", {}).items():
-            self.refreshes[name].load_state_dict(state)
-        for name, state in checkpoint.get("momentum_encoders", {}).items():
-            self.refreshes[name].source(self.model.encoder_of(name)).load_state_dict(state)
+        """Take up contexts, the best encoders, and where the policies of refreshing stood.
+
+        Raises:
+            ValueError: If the checkpoint is of another module or of other aggregators.
+        """
+        if "contexts" not in checkpoint:
+            raise ValueError("checkpoint holds no contexts: it was not written by this KernelAttentionAggregator")
+        self._start_over()
+        self.contexts.load_state_dict(checkpoint["contexts"])
+        self._best = dict(checkpoint["best_encoders"])
 
     def configure_optimizers(self) -> Any:
         """One optimiser for each encoder that is pre-trained and each branch that learns."""
         found = []
         for name in self._optimised:
             if name in self.pretraining:
-                network = self.model.encoder if name == "encoder" else self.wide
-                assert network is not None
-                params = [*network.parameters(), *self.pretraining[name].parameters()]
+                params = [*self._pretrained(name).parameters(), *self.pretraining[name].parameters()]
                 found.append(self.encoder_optimizer(params))
             else:
                 params = [p for p in self.model.branch(name).parameters() if p.requires_grad]
@@ -393,7 +421,13 @@ def encoder_from(path: str) -> dict[str, Tensor]:
     Raises:
         ValueError: If the file holds none.
     """
-    weights = torch.load(path, map_location="cpu", weights_only=True).get("state_dict", {})
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever the unpickler meets in a file that is anything
+        raise ValueError(f"encoder_weights: {path} is not a checkpoint, or not a whole one") from error
+    weights = loaded.get("state_dict", {}) if isinstance(loaded, dict) else {}
     prefix = "model.encoder."
     found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if not found:

@@ -152,7 +152,7 @@ def fit(folder: Path, name: str, network: str, seed: int, fold: int) -> tuple[Co
         classifier_epochs=for_classifier,
         discriminators=discriminators(network, for_discriminators, seed),
         attacks=plans(),
-        n_folds=2,
+        n_folds=0,  # thresholds come from the series that were left out
         max_rows=1024,
     )
     trainer = Trainer(
@@ -217,7 +217,8 @@ def cell(folder: Path, out: Path, name: str, network: str, seed: int) -> dict[st
 def summary(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The figures of the table, by attack."""
     victim = {"accuracy of the victim": found["victim"]["accuracy"]}
-    auc = {"AUC of the attacked detector": found["judges"]["attacked"]["vanilla_auc"]}
+    judge = found["judges"]["attacked"]
+    auc = {"AUC of the attacked detector": judge["trained_auc"], "valid": float(judge["valid"])}
     rows = {}
     for name, attack in found["attacks"].items():
         pooled, panel = attack["attacked"]["published"], attack["panel"]

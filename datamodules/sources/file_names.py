@@ -6,6 +6,8 @@ from pathlib import Path
 
 BUNDLED = {
     "online_retail": "online_retail/transactions.parquet",
+    "completejourney": "completejourney/transactions_sample.parquet",
+    "completejourney_demographics": "completejourney/demographics.parquet",
     "us20": "us20/sp500_dataset.csv.gz",
     "us20_index": "us20/sp500_index.csv.gz",
 }

@@ -3,6 +3,8 @@
 from lightning_modules.callbacks.adversarial_training import AdversarialTraining
 from lightning_modules.callbacks.adversarial_writer import AdversarialSeriesWriter
 from lightning_modules.callbacks.attack_report import AttackReport
+from lightning_modules.callbacks.context_report import ContextReport
+from lightning_modules.callbacks.embedding_writer import EmbeddingWriter
 from lightning_modules.callbacks.portfolio_report import PortfolioReport
 from lightning_modules.callbacks.portfolio_writer import PortfolioWriter
 from lightning_modules.callbacks.predictions import RecommendationWriter
@@ -14,6 +16,8 @@ __all__ = [
     "AdversarialSeriesWriter",
     "AdversarialTraining",
     "AttackReport",
+    "ContextReport",
+    "EmbeddingWriter",
     "EpochLines",
     "LastCheckpoint",
     "PortfolioReport",

@@ -100,10 +100,14 @@ class Aggregator(nn.Module, ABC):
         if len(context.visible) != len(query):
             raise ValueError(f"{name} takes a context of {len(query)} queries, got one of {len(context.visible)}")
         dtype = torch.promote_types(torch.promote_types(query.dtype, self.empty_context.dtype), torch.float32)
-        broken = ~context.states.isfinite().all(1, keepdim=True)
-        # A product with weight 0 would carry NaN from rows that other queries of the batch see.
-        states = context.states.to(dtype).masked_fill(broken, 0.0)
-        spoiled = (context.gather(broken).squeeze(-1) & context.visible).any(1, keepdim=True)
+        states = context.states.to(dtype)
+        spoiled = context.visible.new_zeros(len(query), 1)
+        # The sum of finite rows may overflow, no sum of others is finite: most tables are cleared in one pass.
+        if not states.detach().sum().isfinite():
+            broken = ~states.isfinite().all(1, keepdim=True)
+            # A product with weight 0 would carry NaN from rows that other queries of the batch see.
+            states = states.masked_fill(broken, 0.0)
+            spoiled = (context.gather(broken).squeeze(-1) & context.visible).any(1, keepdim=True)
         return query.to(dtype), replace(context, states=states, ages=context.ages.to(dtype)), spoiled
 
 

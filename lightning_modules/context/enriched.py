@@ -4,10 +4,12 @@ B sequences, L steps, Q queries, E events, d width of the encoder, D width after
 arXiv 2502.10205, sections 3, 5 and 6.
 """
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,11 @@ from torch import Tensor, nn
 from lightning_modules.context.aggregators import Aggregator, AggregatorFactory, Mean
 from lightning_modules.context.bank import ContextBank, own_states, sample_context_users
 from lightning_modules.context.combination import CombinationFactory
+from lightning_modules.context.controls import arm_names
 from lightning_modules.context.positive_features import LinearKernel
 from lightning_modules.context.prefix_sums import PrefixMean, PrefixMoments
-from lightning_modules.context.visible import FOREVER, Events
-from lightning_modules.losses import ObjectiveFactory
+from lightning_modules.context.visible import FOREVER, Context, Events
+from lightning_modules.losses import EventObjective, ObjectiveFactory
 from lightning_modules.networks import EventEncoder, encode_table
 
 QUERIES_AT_A_TIME = 1024
@@ -43,6 +46,9 @@ class ContextRules:
         window: Each state is encoded from the last ``window`` events only; None from all.
         before_first: Vector where nothing is visible: learned from 0, or random and fixed.
         seed: Of the draws.
+
+    Raises:
+        ValueError: If a value is outside its range.
     """
 
     n_users: int | None = 1000
@@ -58,6 +64,24 @@ class ContextRules:
     window: int | None = None
     before_first: Literal["learned", "random"] = "learned"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        # Here, not where a bank is built: that is after the hours in which the encoder is trained.
+        for name, number in (("n_users", self.n_users), ("max_rows", self.max_rows), ("window", self.window)):
+            if number is not None and number < 1:
+                raise ValueError(f"context.{name} must be at least 1, or null for no limit, got {number}")
+        if self.min_prefix < 1:
+            raise ValueError(f"context.min_prefix must be at least 1, got {self.min_prefix}")
+        for name, days in (("lag_days", self.lag_days), ("max_age_days", self.max_age_days)):
+            if days is not None and not 0 <= days < math.inf:
+                raise ValueError(f"context.{name} must be finite and at least 0, got {days}")
+        for name, allowed in (
+            ("ties", ("strict", "inclusive")),
+            ("policy", ("recent", "random")),
+            ("before_first", ("learned", "random")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"context.{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
     def published(self) -> "ContextRules":
         """The released behaviour, by flags alone: inclusive ties, self in, prefixes 15..T-1, window 100."""
@@ -82,6 +106,35 @@ class Own(NamedTuple):
 
     states: Tensor
     rows: Tensor
+
+
+class Asked(NamedTuple):
+    """The moments of a batch of sequences at which context is looked up.
+
+    Attributes:
+        batch: Sequences.
+        steps: ``(B, L) bool``, Q true ones; None for the last step of each sequence.
+        times: ``(Q,) int64``.
+        users: ``(Q,) int64``.
+    """
+
+    batch: Mapping[str, Tensor]
+    steps: Tensor | None
+    times: Tensor
+    users: Tensor
+
+    @classmethod
+    def by(cls, objective: EventObjective, batch: Mapping[str, Tensor], max_steps: int) -> "Asked":
+        """The moments an objective needs; of one that reads every step, in the first sequences of ``max_steps``."""
+        if objective.needs == "last":
+            return cls(batch, None, moments(batch), batch["users"])
+        batch = first_sequences(batch, max_steps)
+        times, steps = objective.query_times(batch)
+        return cls(batch, steps, times[steps], batch["users"].unsqueeze(1).expand_as(times)[steps])
+
+    def states(self, encoder: EventEncoder) -> Tensor:
+        """``(Q, d)`` own states at them."""
+        return encoder.encode_last(self.batch) if self.steps is None else encoder.encode_steps(self.batch)[self.steps]
 
 
 class Branch(nn.Module):
@@ -120,47 +173,26 @@ class Branch(nn.Module):
         parts = [part for part in (self.aggregator, self.combination) if part is not None]
         return any(name != "empty_context" for part in parts for name, _ in part.named_parameters())
 
-    def enrich(
-        self, query: Tensor, bank: ContextBank | None, times: Tensor, users: Tensor, states: Tensor | None = None
-    ) -> Tensor:
-        """``(Q, D)`` own states combined with the context at ``times (Q,)`` of ``users (Q,)``."""
+    def enrich(self, query: Tensor, context: Context | None) -> Tensor:
+        """``(Q, D)`` own states ``(Q, d)`` combined with what is aggregated of a context."""
         if self.aggregator is None or self.combination is None:
             return query
-        assert bank is not None
-        return self.combination(query, self.aggregator(query, bank.context(times, users, states=states)))
+        assert context is not None
+        return self.combination(query, self.aggregator(query, context))
 
-    def loss(
-        self,
-        encoder: EventEncoder,
-        bank: ContextBank | None,
-        batch: Mapping[str, Tensor],
-        *,
-        max_queries: int,
-        states: Tensor | None = None,
-    ) -> Tensor:
-        """The objective of a batch, with the context at each step or at the last one.
+    def loss(self, query: Tensor, context: Context | None, asked: Asked) -> Tensor:
+        """The objective of a batch.
 
         Args:
-            encoder: Read without gradient where it is not the branch's own.
-            bank: The context; None for the branch that has none.
-            batch: Sequences.
-            max_queries: Most steps of a batch whose context is looked up; later sequences are left out.
-            states: Of the bank, in place of those it keeps, where some carry a gradient.
+            query: ``(Q, d)`` own states.
+            context: What each of them sees; None for the branch without context.
+            asked: Whose and when they are.
         """
-        own = self.encoder is not None
-        network = self.encoder if self.encoder is not None else encoder
-        if self.objective.needs == "last":
-            with torch.set_grad_enabled(own and torch.is_grad_enabled()):
-                query = network.encode_last(batch)
-            return self.objective(self.enrich(query, bank, moments(batch), batch["users"], states), batch)
-        batch = first_sequences(batch, max_queries)
-        with torch.set_grad_enabled(own and torch.is_grad_enabled()):
-            steps = network.encode_steps(batch)
-        times, valid = self.objective.query_times(batch)
-        users = batch["users"].unsqueeze(1).expand_as(times)
-        enriched = self.enrich(steps[valid], bank, times[valid], users[valid], states)
-        z = enriched.new_zeros(*valid.shape, enriched.shape[-1])
-        return self.objective(z.masked_scatter(valid.unsqueeze(-1), enriched), batch)
+        z = self.enrich(query, context)
+        if asked.steps is None:
+            return self.objective(z, asked.batch)
+        spread = z.new_zeros(*asked.steps.shape, z.shape[-1]).masked_scatter(asked.steps.unsqueeze(-1), z)
+        return self.objective(spread, asked.batch)
 
 
 class EnrichedEncoder(nn.Module):
@@ -180,8 +212,12 @@ class EnrichedEncoder(nn.Module):
         tune: Whether each branch trains its own copy of the encoder; a branch ``own`` without context is added, so
             that the baseline gets as many epochs.
 
+    A branch begins at weights drawn by the seed of torch and its own name: whatever else is compared does not move it.
+    With a frozen encoder it also ends at the same weights; a tuned one draws noise from the stream all branches share.
+
     Raises:
-        ValueError: If there is no aggregator or one is called ``own``.
+        ValueError: If there is no aggregator, one has the name of another arm, or the encoder takes less than
+            ``rules.window`` events.
     """
 
     def __init__(
@@ -197,28 +233,37 @@ class EnrichedEncoder(nn.Module):
         rules: ContextRules | None = None,
         tune: bool = False,
     ) -> None:
-        if not aggregators or "own" in aggregators:
-            raise ValueError(f"aggregators must be named, at least one and none 'own', got {list(aggregators)}")
+        wrong = next((name for name in aggregators if "." in name), None)
+        if not aggregators or wrong is not None:
+            raise ValueError(f"aggregators must be at least one, by names without '.', got {list(aggregators)}")
+        arm_names(list(aggregators))  # which refuses those of controls
+        rules = rules or ContextRules()
+        if encoder.max_length is not None and (rules.window or 0) > encoder.max_length:
+            most = f"the encoder's max_length {encoder.max_length}"
+            raise ValueError(f"context.window must be at most {most}, got {rules.window}")
         super().__init__()
         self.encoder = encoder
-        self.rules = rules or ContextRules()
+        self.rules = rules
         self.tune = tune
         facts = {"vocabulary_sizes": vocabulary_sizes, "n_numeric": n_numeric}
         names = (["own"] if tune else []) + list(aggregators)
         self.branches = nn.ModuleDict()
+        seed = torch.initial_seed()
         for name in names:
             factory = aggregators.get(name)
-            aggregator = None if factory is None else factory(d=encoder.d_model, median_gap=median_gap)
-            if aggregator is not None and self.rules.before_first == "random":
-                nn.init.uniform_(aggregator.empty_context).requires_grad_(False)
-            self.branches[name] = Branch(
-                aggregator,
-                d=encoder.d_model,
-                combination=combination,
-                objective=objective,
-                facts=facts,
-                encoder=deepcopy(encoder) if tune else None,
-            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed((seed + crc32(name.encode())) % 2**63)
+                aggregator = None if factory is None else factory(d=encoder.d_model, median_gap=median_gap)
+                if aggregator is not None and rules.before_first == "random":
+                    nn.init.uniform_(aggregator.empty_context).requires_grad_(False)
+                self.branches[name] = Branch(
+                    aggregator,
+                    d=encoder.d_model,
+                    combination=combination,
+                    objective=objective,
+                    facts=facts,
+                    encoder=deepcopy(encoder) if tune else None,
+                )
 
     def branch(self, name: str) -> Branch:
         """The branch of a name."""
@@ -232,8 +277,9 @@ class EnrichedEncoder(nn.Module):
         return [name for name in self.branches if self.branch(name).aggregator is not None]
 
     def encoder_of(self, name: str) -> EventEncoder:
-        """The encoder a branch reads: its own, else the shared one."""
-        return self.branch(name).encoder or self.encoder if name in self.branches else self.encoder
+        """The encoder a branch reads: its own, else the shared one, which is also that of any other name."""
+        own = self.branch(name).encoder if name in self.branches else None
+        return self.encoder if own is None else own
 
     def start_tuning(self) -> None:
         """Every branch begins at the pre-trained weights."""
@@ -243,13 +289,16 @@ class EnrichedEncoder(nn.Module):
                 encoder.load_state_dict(self.encoder.state_dict())
 
     def encode(self, events: Events, name: str = "own") -> Tensor:
-        """``(E, d) float32`` states after every event, without gradient, on the CPU or the device of the events."""
+        """``(E, d) float32`` states after every event, without gradient, on the device of the events."""
         return encode_table(self.encoder_of(name), events, window=self.rules.window)
 
     def bank(self, states: Tensor, events: Events, context_users: Tensor, stop: int = FOREVER) -> ContextBank:
-        """The context of events before ``stop`` of the users that the rules draw from ``context_users``."""
+        """The context of events before ``stop`` of the users that the rules draw from ``context_users``.
+
+        It lies on the device of the model: a table of all states may stay where there is more room.
+        """
         rules = self.rules
-        return ContextBank.build(
+        bank = ContextBank.build(
             states,
             events,
             sample_context_users(context_users, rules.n_users, rules.seed),
@@ -265,6 +314,7 @@ class EnrichedEncoder(nn.Module):
             drop_last_prefix=rules.drop_last_prefix,
             seed=rules.seed,
         )
+        return bank.to(next(self.parameters()).device)
 
     def own(
         self,
@@ -297,18 +347,19 @@ class EnrichedEncoder(nn.Module):
             return self._summed(aggregator, own, bank, users, times)
         found = own.new_zeros(len(own), aggregator.d_out)
         for rows in times.argsort(stable=True).split(QUERIES_AT_A_TIME):
-            found[rows] = aggregator(own[rows], bank.context(times[rows], users[rows])).to(found)
+            context = bank.context(times[rows], users[rows])
+            found[rows] = aggregator(own[rows].to(context.states), context).to(found)
         return found
-
 
     @staticmethod
     def _summed(aggregator: Aggregator, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
+        query, times, users = own.to(bank.states), times.to(bank.times), users.to(bank.users)
         if isinstance(aggregator, LinearKernel):
             features = aggregator.positive_features
-            found, counts = PrefixMoments.build(bank, features).lookup(features(own), times, users)
+            found, counts = PrefixMoments.build(bank, features).lookup(features(query), times, users)
         else:
             found, counts = PrefixMean.build(bank).mean(times, users)
-        return torch.where((counts > 0).unsqueeze(1), found.to(own), aggregator.empty_context.to(own))
+        return torch.where((counts > 0).unsqueeze(1), found.to(query), aggregator.empty_context.to(query)).to(own)
 
 
 def moments(batch: Mapping[str, Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ Q queries, E events, d width of own states, k of a context vector, D of what a c
 arXiv 2502.10205, sections 8 and 11.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -33,6 +33,8 @@ from lightning_modules.context.study import (
 from lightning_modules.context.visible import MICROSECONDS_PER_DAY, Events, Queries
 from lightning_modules.networks import EventEncoder, encode_table
 
+FOLDS = ("train", "validation", "test")
+
 SAMPLE_OF_EMBEDDINGS = 2000
 """Queries in the map of the report."""
 
@@ -48,8 +50,13 @@ class Evaluation:
         gaussian: Whether noise with the moments of a context is an arm.
         constant: Whether one fixed context vector is an arm.
         explained: Aggregator that the report looks into; by default the first that has weights.
-        max_validation_users: Users whose sequences give ``val/loss``.
+        supervised: Target whose validation queries give ``val/loss`` of a supervised objective: that of the sampler
+            of training windows. None takes the only one.
+        max_validation_users: Users, drawn by a fixed seed, whose sequences give ``val/loss``.
         n_influencers: Most influential users kept for each query.
+
+    Raises:
+        ValueError: If a number is below 1.
     """
 
     probe: Probe | None = None
@@ -58,8 +65,47 @@ class Evaluation:
     gaussian: bool = True
     constant: bool = True
     explained: str | None = None
+    supervised: str | None = None
     max_validation_users: int = 512
     n_influencers: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("max_validation_users", "n_influencers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
+
+    def check_aggregators(self, aggregators: Sequence[str]) -> None:
+        """See that every aggregator it names is there.
+
+        Raises:
+            ValueError: If not.
+        """
+        named = {"explained": [self.explained] if self.explained else [], "shuffled": self.shuffled or []}
+        for argument, names in named.items():
+            _check_known(argument, names, aggregators)
+
+    def check_targets(self, queries: Mapping[str, Queries], folds: Sequence[int]) -> None:
+        """See that every target it names is there, and that each target has queries in the folds.
+
+        Args:
+            queries: By target.
+            folds: Those that are at hand: 0 train, 1 validation, 2 test.
+
+        Raises:
+            ValueError: If not.
+        """
+        _check_known("probes", list(self.probes or {}), list(queries))
+        _check_known("supervised", [self.supervised] if self.supervised else [], list(queries))
+        for name, asked in queries.items():
+            counts = {FOLDS[fold]: int((asked["fold"] == fold).sum()) for fold in folds}
+            if 0 in counts.values():
+                raise ValueError(f"target {name!r} needs queries in each fold, got {counts}")
+
+
+def _check_known(argument: str, names: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"evaluation.{argument} names {unknown[0]!r}, there are {', '.join(known) or 'none'}")
 
 
 class Embeddings:
@@ -172,21 +218,17 @@ def evaluate(
         seed: Of probes, permutations and noise.
 
     Raises:
-        ValueError: If a target has no queries in a fold, or ``evaluation`` names what is not there.
+        ValueError: If there is no target or one has no queries in a fold, or ``evaluation`` names what is not there.
     """
+    evaluation.check_aggregators(model.aggregators)
+    if not batch["queries"]:
+        raise ValueError("a test asks targets, the data has none (data.init_args.targets)")
+    evaluation.check_targets(batch["queries"], (0, 1, 2))
     events: Events = batch["events"]
     encoded = Encoded(model, events, batch["context_users"])
-    unknown = {*(evaluation.shuffled or ()), *([evaluation.explained] if evaluation.explained else [])}
-    unknown -= set(model.aggregators)
-    lost = set(evaluation.probes or {}) - set(batch["queries"])
-    if unknown or lost:
-        raise ValueError(f"evaluation names {sorted(unknown | lost)}, there are {[*model.aggregators, *batch['queries']]}")
     wide_table = None if wide is None else encode_table(wide, events, window=model.rules.window)
     targets = []
     for name, queries in tqdm(batch["queries"].items(), desc="targets", disable=None, leave=False):
-        folds = [int((queries["fold"] == fold).sum()) for fold in range(3)]
-        if 0 in folds:
-            raise ValueError(f"target {name!r} needs queries in train, validation and test, got {folds}")
         features, n_events, recency = _features(encoded, queries, evaluation, wide, wide_table, seed)
         targets.append(_probed(name, queries, features, n_events, recency, evaluation, seed))
     explained = evaluation.explained or _with_weights(model)
@@ -233,9 +275,7 @@ def _features(
         contexts["wide"] = model.own(wide_table, events, users, times, start=wide.initial_state()).states
     arms = [
         arm
-        for arm in arm_names(
-            names, gaussian=evaluation.gaussian, constant=evaluation.constant, wide=wide is not None
-        )
+        for arm in arm_names(names, gaussian=evaluation.gaussian, constant=evaluation.constant, wide=wide is not None)
         if not arm.startswith("shuffled") or arm.partition(":")[2] in also_shuffled
     ]
     return assemble(arms, {name: found.states for name, found in own.items()}, calendar, contexts), n_events, recency
@@ -298,7 +338,7 @@ def _attention(
     parts = []
     for rows in order.split(QUERIES_AT_A_TIME):
         context = encoded.bank(name).context(queries["times"][rows], queries["users"][rows])
-        weights = aggregator.weights(own[rows], context)
+        weights = aggregator.weights(own[rows].to(context.states), context)
         if weights is None:
             return None
         parts.append(AttentionDiagnostics.of(name, weights.clamp_min(0), context, k))
@@ -333,8 +373,9 @@ def exported(model: EnrichedEncoder, batch: Mapping[str, Any], evaluation: Evalu
         evaluation: Says which aggregator.
 
     Raises:
-        ValueError: If there are no targets.
+        ValueError: If there are no targets, or ``evaluation`` names an aggregator that is not there.
     """
+    evaluation.check_aggregators(model.aggregators)
     if not batch["queries"]:
         raise ValueError("embeddings are those of test queries, the data has no targets (data.init_args.targets)")
     name = evaluation.explained or _with_weights(model) or model.aggregators[0]
@@ -345,6 +386,7 @@ def exported(model: EnrichedEncoder, batch: Mapping[str, Any], evaluation: Evalu
     context = encoded.context(name, own, tested["users"], tested["times"])
     combination = model.branch(name).combination
     assert combination is not None
+    bank = encoded.bank(name)
     attention = _attention(encoded, name, own, tested, evaluation.n_influencers)
     ids = batch["user_ids"]
     influencers = [] if attention is None else attention.top_users.tolist()
@@ -354,7 +396,7 @@ def exported(model: EnrichedEncoder, batch: Mapping[str, Any], evaluation: Evalu
         times=tested["times"].cpu(),
         own=own.cpu(),
         context=context.cpu(),
-        embedding=combination(own, context).cpu(),
+        embedding=combination(own.to(bank.states), context.to(bank.states)).cpu(),
         aggregator=name,
         top_users=[[ids[user] for user in row if user >= 0] for row in influencers] or [[] for _ in range(len(own))],
         top_weights=None if attention is None else attention.top_weights,

@@ -1,0 +1,95 @@
+"""Embeddings of queries to Parquet, with the users that influenced them."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_modules.context.evaluation import Embeddings
+from lightning_modules.run_folder import drafted
+
+
+def embeddings_frame(found: Embeddings) -> pl.DataFrame:
+    """One row a query, in the order of the queries.
+
+    Columns ``user`` (original id), ``time`` (datetime in microseconds, UTC without a zone), ``own`` (d), ``context``
+    (k) and ``embedding`` (D) as lists of float32; ``top_users``, a list of original ids, most influential first, and
+    ``top_weights``, as many shares of all weights of the query. Both lists are empty for a query that saw nobody, the
+    weights also for an aggregator without any.
+
+    Raises:
+        ValueError: If a number of an embedding is not finite.
+    """
+    users = pl.Series("user", found.user_ids)
+    if found.top_weights is None:
+        weights: list[list[float]] = [[] for _ in found.top_users]
+    else:
+        shares = found.top_weights.tolist()
+        weights = [row[: len(seen)] for row, seen in zip(shares, found.top_users, strict=True)]
+    return pl.DataFrame(
+        [
+            users,
+            pl.Series("time", found.times.numpy()).cast(pl.Datetime("us")),
+            *(_lists(name, getattr(found, name), users) for name in ("own", "context", "embedding")),
+            # Of the users' own type, so that a file in which nobody saw anybody has the same columns.
+            pl.Series("top_users", found.top_users, dtype=pl.List(users.dtype)),
+            pl.Series("top_weights", weights, dtype=pl.List(pl.Float32)),
+        ]
+    )
+
+
+def _lists(name: str, vectors: Tensor, users: pl.Series) -> pl.Series:
+    wrong = (~vectors.isfinite()).any(1).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(f"{name} of user {users[wrong[0]]!r}, query {wrong[0]}, must be finite, got nan or inf")
+    return pl.Series(name, vectors.float().numpy()).arr.to_list()
+
+
+class EmbeddingWriter(Callback):
+    """Writes what ``predict`` gives to ``embeddings.parquet`` in the run folder, whole or not at all.
+
+    Columns are those of :func:`embeddings_frame`.
+    """
+
+    def __init__(self) -> None:
+        self._frames: list[pl.DataFrame] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier prediction.
+
+        Raises:
+            ValueError: With more than one process, which would each hold a part.
+        """
+        if trainer.world_size > 1:
+            raise ValueError(f"EmbeddingWriter needs one process (--trainer.devices 1), got {trainer.world_size}")
+        self._frames = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch.
+
+        Raises:
+            ValueError: If the module predicts something else.
+        """
+        if not isinstance(outputs, Embeddings):
+            raise ValueError(f"EmbeddingWriter needs Embeddings from predict_step, got {type(outputs).__name__}")
+        self._frames.append(embeddings_frame(outputs))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        if not self._frames:
+            return
+        frame = pl.concat(self._frames)
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "embeddings.parquet"
+        with drafted(path) as draft:
+            frame.write_parquet(draft)
+        print(f"seqlit: {len(frame)} embeddings in {path}", flush=True)

@@ -1,0 +1,228 @@
+"""Event sequences through the real command: the shipped configs made small, a checkpoint read elsewhere, and errors."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+
+from datamodules.synthetic_events import regime
+
+CONFIGS = "configs/kernel_attention"
+QUICK = {
+    "class_path": "lightning_modules.context.LogisticProbe",
+    "init_args": {"strengths": [0.1], "max_iterations": 10},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Steps of a few microseconds: on busy cores threads would wait for each other many times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A CSV as people have it: ids, times as text, a category, a number, rows in no order."""
+    drawn = regime(0, n_users=40, n_days=60, events_per_day=1.0, labels_per_day=0.1)
+    frame = pl.DataFrame(
+        {
+            "customer": np.array(drawn.user_ids)[drawn.event_users],
+            "when": pl.Series(drawn.times).cast(pl.Datetime("us")).dt.to_string("%Y-%m-%d %H:%M:%S%.6f"),
+            "code": np.array(drawn.type_names)[drawn.types],
+            "amount": drawn.amounts,
+        }
+    )
+    path = tmp_path_factory.mktemp("events") / "events.csv"
+    frame.sample(fraction=1.0, shuffle=True, seed=0).write_csv(path)
+    return path
+
+
+@pytest.fixture
+def config(project, tmp_path, table):
+    """``config(**model)``: the shipped config on the small table, its encoder and epochs cut down to a toy."""
+
+    def make(name="online_retail", data=None, **model):
+        settings = yaml.safe_load((project / CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+        settings["trainer"] |= {"max_epochs": 3, "accelerator": "cpu"}
+        report = next(one for one in settings["trainer"]["callbacks"] if one["class_path"].endswith("ContextReport"))
+        report["init_args"] = {"n_resamples": 20}
+        arguments = settings["model"]["init_args"]
+        arguments |= {"encoder_epochs": 2, "aggregator_epochs": 1, **model}
+        arguments["encoder"]["init_args"] |= {"d_model": 8, "d_embedding": 4}
+        arguments["evaluation"] = {"probe": QUICK} | arguments.get("evaluation", {})
+        given = settings["data"]["init_args"]
+        for gone in ("derived", "where", "duplicates"):
+            given.pop(gone, None)
+        target = given["targets"]["silent"]
+        target["init_args"] |= {"days": 3}
+        target["init_args"]["rule"]["init_args"]["every_days"] = 6
+        given |= {
+            "paths": str(table),
+            "user_column": "customer",
+            "time_column": "when",
+            "categorical": ["code"],
+            "numeric": ["amount"],
+            "targets": {"silent": target},
+            "validation_fraction": 0.25,
+            "test_fraction": 0.25,
+            "batch_size": 8,
+            "min_events": 1,
+        }
+        given["sampler"]["init_args"] |= {"min_length": 2, "max_length": 12}
+        given |= data or {}
+        path = tmp_path / "toy.yaml"
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return path
+
+    return make
+
+
+def one_line(error):
+    (line,) = [line for line in error.splitlines() if line.strip()]
+    assert line.startswith("seqlit: error: ")
+    assert len(line) < 500
+    return line
+
+
+def test_fit_test_predict_audit_and_predict_in_a_fresh_process(seqlit, config, tmp_path):
+    path = config()
+    for command in ("fit", "test", "predict"):
+        status, out, err = seqlit(command, "--config", path)
+        assert status == 0, err
+    run = tmp_path / "runs" / "kernel_attention" / "version_0"
+    report = json.loads((run / "report" / "metrics.json").read_text())
+    assert "NaN" not in json.dumps(report)
+    assert (run / "report" / "report.md").stat().st_size > 0
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss", "val/loss", "val/kernel/loss", "val/linear_kernel/loss"} <= set(header)
+    frame = pl.read_parquet(run / "embeddings.parquet")
+    assert len(frame) > 0
+    assert f"{len(frame)} embeddings in" in out
+    assert frame["own"].list.len().unique().to_list() == [8]
+    assert frame["embedding"].list.len().unique().to_list() == [16]
+    assert frame["top_users"].list.len().max() > 0
+
+    (run / "embeddings.parquet").unlink()
+    command = [sys.executable, "-m", "lightning_modules.cli", "predict", "--config", str(path)]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    again = pl.read_parquet(run / "embeddings.parquet")
+    assert again.select("user", "time", "top_users").equals(frame.select("user", "time", "top_users"))
+    for name in ("own", "context", "embedding"):
+        # float32 sums, whose order a process with another number of threads may change
+        np.testing.assert_allclose(again[name].to_list(), frame[name].to_list(), rtol=0, atol=1e-6)
+
+    status, out, err = seqlit("audit", "--config", path, "--n-cuts", "2")
+    assert status == 0, out + err
+    assert "clean" in out
+
+
+BREAK_OFF = """
+from lightning import Callback
+
+
+class BreakOff(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 3:
+            raise ValueError("broken off")
+"""
+
+
+def test_a_fit_goes_on_where_it_was_broken_off(seqlit, config, tmp_path, monkeypatch):
+    """`--ckpt_path last` of an interrupted run with tuned encoders ends as the run that was not interrupted."""
+    mean = {"mean": {"class_path": "lightning_modules.context.Mean"}}
+    path = config(tune_encoder=True, aggregators=mean, aggregator_epochs=2, evaluation={})
+    settings = yaml.safe_load(path.read_text())
+    settings["trainer"] |= {"max_epochs": 4, "callbacks": settings["trainer"]["callbacks"][:1]}
+    path.write_text(yaml.safe_dump(settings))
+    assert seqlit("fit", "--config", path)[0] == 0
+    (tmp_path / "fit_that_breaks_off.py").write_text(BREAK_OFF)
+    monkeypatch.syspath_prepend(tmp_path)
+    breaking = {"callbacks": [*settings["trainer"]["callbacks"], {"class_path": "fit_that_breaks_off.BreakOff"}]}
+    path.write_text(yaml.safe_dump(settings | {"trainer": settings["trainer"] | breaking}))
+    status, _, err = seqlit("fit", "--config", path)
+    assert status == 2
+    assert "broken off" in one_line(err)
+    path.write_text(yaml.safe_dump(settings))
+    status, _, err = seqlit("fit", "--config", path, "--ckpt_path", "last")
+    assert status == 0, err
+    runs = tmp_path / "runs" / "kernel_attention"
+    whole, resumed = (
+        torch.load(runs / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("version_0", "version_1")
+    )
+    assert resumed["epoch"] == whole["epoch"] == 3
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+
+
+def test_the_published_preset(seqlit, config, tmp_path):
+    """It runs as it is but for its size; what it does is told by an audit."""
+    path = config("published")
+    settings = yaml.safe_load(path.read_text())
+    settings["data"]["init_args"] |= {"split": "time", "validation_start": "2020-02-01", "test_start": "2020-02-12"}
+    path.write_text(yaml.safe_dump(settings))
+    for command in ("fit", "test"):
+        status, _, err = seqlit(command, "--config", path)
+        assert status == 0, err
+    run = tmp_path / "runs" / "kernel_attention_published" / "version_0"
+    rules = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["contexts"]["banks"]["shared"][
+        "_extra_state"
+    ]
+    assert rules["ties"] == "inclusive"
+    assert rules["exclude_self"] is False
+    assert rules["max_context"] == 500
+    status, out, _ = seqlit("audit", "--config", path, "--n-cuts", "2")
+    assert status == 1
+    assert "leak" in out
+
+
+def test_the_bundled_set_with_the_shipped_config_cut_down(seqlit, project):
+    """Online Retail as it ships: a few customers, one epoch of each."""
+    status, _, err = seqlit(
+        "fit",
+        "--config",
+        project / CONFIGS / "online_retail.yaml",
+        *("--trainer.max_epochs", 2, "--trainer.accelerator", "cpu"),
+        *("--model.init_args.encoder_epochs", 1, "--model.init_args.aggregator_epochs", 1),
+        *("--model.init_args.encoder.init_args.d_model", 8, "--model.init_args.context.n_users", 20),
+        *("--model.init_args.max_context_queries", 200, "--model.init_args.evaluation.max_validation_users", 20),
+        *("--data.init_args.where+", "customer_id < 12500"),
+    )
+    assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["--trainer.max_epochs", "9"],
+            "trainer.max_epochs must be 3: 2 of the encoder and 1 of the aggregators, got 9",
+        ),
+        (
+            ["--model.init_args.refresh", "lightning_modules.context.PerEpoch"],
+            "refresh is for a tuned encoder (tune_encoder)",
+        ),
+        (
+            ["--model.init_args.evaluation.explained", "other"],
+            "evaluation.explained names 'other', there are attention, exp_hawkes",
+        ),
+        (["--model.init_args.context.n_users", "0"], "context.n_users must be at least 1, or null for no limit, got 0"),
+        (["--model.init_args.context.exclude_group", "true"], "context.exclude_group needs events with groups"),
+        (["--trainer.limit_val_batches", "0"], "banks are built from the events of validation"),
+        (["--model.init_args.encoder_weights", "no.ckpt", "--model.init_args.encoder_epochs", "0"], "no.ckpt"),
+        (["--data.init_args.validation_fraction", "0"], "target 'silent' needs queries in each fold"),
+    ],
+)
+def test_wrong_settings_end_in_one_line(seqlit, config, tmp_path, overrides, message):
+    status, _, err = seqlit("fit", "--config", config(), *overrides)
+    assert status == 2
+    assert message in one_line(err)
+    assert not list(tmp_path.glob("runs/**/*.ckpt"))

@@ -1,0 +1,357 @@
+"""EnrichedEncoder by hand: which states are asked, what is aggregated of them, and where shortcuts give the same."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from datamodules.synthetic_events import regime
+from lightning_modules.context import (
+    Adding,
+    Concat,
+    Context,
+    ContextRules,
+    EnrichedEncoder,
+    ExpHawkes,
+    KernelAttention,
+    LinearKernel,
+    Max,
+    Mean,
+)
+from lightning_modules.context import enriched as module
+from lightning_modules.context.bank import ContextBank
+from lightning_modules.context.enriched import Asked, first_sequences, moments
+from lightning_modules.losses import CoLES, NextEvent
+from lightning_modules.networks import EventEncoder, RecurrentEncoder
+from lightning_modules.networks.event_encoders import EventEmbedding
+
+DAY = 86_400_000_000
+FACTS = {"vocabulary_sizes": [14], "n_numeric": 1}
+
+
+class LastEvent(EventEncoder):
+    """State after an event: its category and its number, and nothing of what was before; the start is -1."""
+
+    def __init__(self):
+        super().__init__(EventEmbedding([14], 1, d_embedding=2), d_model=2)
+
+    def advance(self, batch, memory):
+        read = torch.cat([batch["categorical"].float(), batch["numeric"]], -1)
+        return read.masked_fill(~batch["mask"].unsqueeze(-1), 0.0), memory
+
+    def unroll(self, vectors, memory):
+        raise NotImplementedError
+
+    def initial_state(self):
+        return torch.full((2,), -1.0)
+
+
+@pytest.fixture(scope="module")
+def events():
+    return regime(0, n_users=20, n_days=30, events_per_day=1.0, labels_per_day=0.1).batch()["events"]
+
+
+def enriched(aggregators, encoder=None, **settings):
+    return EnrichedEncoder(
+        encoder or LastEvent(),
+        aggregators,
+        **{"combination": Concat, "objective": NextEvent, "median_gap": 1.5, **FACTS} | settings,
+    ).eval()
+
+
+def queries(events, n=60, seed=0):
+    """Queries of anybody in no order, some at the very time of an event, some before the first."""
+    random = torch.Generator().manual_seed(seed)
+    times = events["times"]
+    between = torch.randint(int(times.min()) - DAY, int(times.max()) + DAY, (n,), generator=random)
+    at_events = times[torch.randint(len(times), (n,), generator=random)]
+    users = torch.randint(len(events["offsets"]) - 1, (2 * n,), generator=random)
+    return users, torch.cat([between, at_events])
+
+
+def visible_rows(events, user, time, context_users, rules):
+    """By a loop: the last admissible event of each context user."""
+    found = []
+    for other in context_users.tolist():
+        if other == user and not rules.include_self:
+            continue
+        rows = range(int(events["offsets"][other]), int(events["offsets"][other + 1]))
+        known = [
+            row
+            for row in rows
+            if events["times"][row] < time or (rules.ties == "inclusive" and events["times"][row] == time)
+        ]
+        if known:
+            found.append(known[-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [ContextRules(n_users=None), ContextRules(n_users=7, seed=3), ContextRules(ties="inclusive", include_self=True)],
+)
+def test_contexts_are_those_of_a_loop(events, rules):
+    everybody = torch.arange(len(events["offsets"]) - 1)
+    model = enriched(
+        {"mean": Mean, "max": Max, "decayed": partial(ExpHawkes, theta=2.0, normalise="mean")}, rules=rules
+    )
+    states = model.encode(events)
+    bank = model.bank(states, events, everybody)
+    users, times = queries(events)
+    own = model.own(states, events, users, times)
+    values = {name: model.contexts(name, own.states, bank, users, times) for name in model.aggregators}
+    for row, (user, time) in enumerate(zip(users.tolist(), times.tolist(), strict=True)):
+        strictly = visible_rows(events, None, time, torch.tensor([user]), ContextRules())
+        expected = states[strictly[0]] if strictly else model.encoder.initial_state()
+        assert torch.equal(own.states[row], expected)
+        assert int(own.rows[row]) == (strictly[0] if strictly else -1)
+        seen = visible_rows(events, user, time, bank.context_users, rules)
+        if not seen:
+            assert all(not bool(found[row].any()) for found in values.values())
+            continue
+        of, ages = states[seen].double(), (time - events["times"][seen]).double() / DAY
+        # float32 means of at most 20 numbers of size 14
+        torch.testing.assert_close(values["mean"][row].double(), of.mean(0), rtol=0, atol=2e-5)
+        assert torch.equal(values["max"][row].double(), of.amax(0))
+        expected = ((-ages / 2).exp().unsqueeze(1) * of).mean(0)
+        torch.testing.assert_close(values["decayed"][row].double(), expected, rtol=0, atol=2e-5)
+
+
+def test_sums_over_time_give_what_the_look_up_gives(events, monkeypatch):
+    """Mean and linear kernel over all users have a shortcut; a limit that hides nothing takes the long way."""
+    everybody = torch.arange(len(events["offsets"]) - 1)
+    users, times = queries(events)
+    found = {}
+    for name, rules in (("sums", ContextRules(n_users=None)), ("look-up", ContextRules(n_users=10_000))):
+        torch.manual_seed(0)
+        model = enriched(
+            {"mean": Mean, "linear": partial(LinearKernel, rank=5)}, RecurrentEncoder(d_model=8, **FACTS), rules=rules
+        )
+        with torch.no_grad():
+            model.branch("mean").aggregator.empty_context.fill_(7.0)
+        summed = []
+        monkeypatch.setattr(
+            module.PrefixMean, "build", classmethod(lambda cls, bank, done=summed: done.append(cls) or cls(bank))
+        )
+        states = model.encode(events)
+        bank = model.bank(states, events, everybody)
+        own = model.own(states, events, users, times).states
+        found[name] = [model.contexts(one, own, bank, users, times) for one in ("mean", "linear")]
+        assert len(summed) == (name == "sums")
+    for one, other in zip(*found.values(), strict=True):
+        # float64 sums against float32 ones of 20 states below 1
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+    first = times < events["times"].min()
+    assert first.any()
+    assert bool((found["sums"][0][first] == 7).all()), "nobody was there before the first event"
+
+
+def test_before_anybody_did_anything_the_declared_vector_is_returned(events):
+    model = enriched({"kernel": KernelAttention, "max": Max}, RecurrentEncoder(d_model=8, **FACTS))
+    random = enriched({"kernel": KernelAttention}, rules=ContextRules(before_first="random"))
+    users, early = torch.tensor([0, 3]), torch.full((2,), int(events["times"].min()))
+    everybody = torch.arange(len(events["offsets"]) - 1)
+    for one in (model, random):
+        states = one.encode(events)
+        own = one.own(states, events, users, early)
+        assert own.rows.tolist() == [-1, -1]
+        assert torch.equal(own.states, one.encoder.initial_state().detach().expand(2, -1))
+        for name in one.aggregators:
+            vector = one.branch(name).aggregator.empty_context
+            found = one.contexts(name, own.states, one.bank(states, events, everybody), users, early)
+            assert torch.equal(found, vector.detach().expand(2, -1))
+    vector = random.branch("kernel").aggregator.empty_context
+    assert not vector.requires_grad
+    assert 0 <= float(vector.detach().min()) < float(vector.detach().max()) <= 1, "uniform, as released"
+    branch = model.branch("kernel")
+    bank = model.bank(model.encode(events), events, everybody)
+    branch.enrich(torch.zeros(2, 8), bank.context(early, users)).sum().backward()
+    gradients = [parameter.grad for parameter in branch.aggregator.parameters() if parameter.grad is not None]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert torch.equal(branch.aggregator.empty_context.grad, torch.full((8,), 2.0))
+
+
+def sequences(lengths):
+    steps = torch.arange(max(lengths))
+    mask = steps < torch.tensor(lengths).unsqueeze(1)
+    times = torch.where(mask, 100 * torch.arange(len(lengths)).unsqueeze(1) + steps, 0)
+    return {
+        "categorical": torch.where(mask, 2 + steps % 5, 0).unsqueeze(-1),
+        "numeric": mask.unsqueeze(-1).float(),
+        "times": times,
+        "mask": mask,
+        "users": torch.arange(len(lengths)),
+        "starts": torch.zeros(len(lengths), dtype=torch.int64),
+    }
+
+
+def test_what_is_asked_of_a_batch():
+    batch = sequences([3, 1, 5, 2])
+    steps = Asked.by(NextEvent(d=2, **FACTS), batch, 1000)
+    assert steps.times.tolist() == [0, 1, 200, 201, 202, 203, 300], "steps that another follows"
+    assert steps.users.tolist() == [0, 0, 2, 2, 2, 2, 3]
+    assert steps.states(LastEvent())[:, 0].tolist() == [2, 3, 2, 3, 4, 5, 2]
+    targets = Asked.by(NextEvent(d=2, **FACTS, at="target"), batch, 1000)
+    assert targets.times.tolist() == [1, 2, 201, 202, 203, 204, 301]
+    assert torch.equal(targets.users, steps.users)
+    last = Asked.by(CoLES(d=2, **FACTS), batch, 2)
+    assert last.times.tolist() == [2, 100, 204, 301], "the last valid step, not the last column"
+    assert last.states(LastEvent())[:, 0].tolist() == [4, 2, 6, 3]
+    asked = Asked.by(CoLES(d=2, **FACTS), batch | {"query_times": torch.tensor([9, 8, 7, 6])}, 2)
+    assert asked.times.tolist() == [9, 8, 7, 6], "a query has its own moment"
+
+
+@pytest.mark.parametrize(("most", "kept"), [(1, 1), (3, 1), (4, 2), (9, 3), (100, 4)])
+def test_a_batch_is_cut_to_whole_sequences(most, kept):
+    batch = sequences([3, 1, 5, 2])
+    assert first_sequences(batch, most)["users"].tolist() == list(range(kept))
+    assert Asked.by(NextEvent(d=2, **FACTS), batch, most).batch["users"].tolist() == list(range(kept))
+    assert moments(batch).tolist() == [2, 100, 204, 301]
+
+
+def test_the_loss_is_the_objective_of_own_state_and_context(events):
+    """Against the objective of vectors put together step by step."""
+    model = enriched({"mean": Mean}, RecurrentEncoder(d_model=8, **FACTS))
+    branch = model.branch("mean")
+    rows = [int(events["offsets"][user]) for user in (2, 5)]
+    batch = sequences([4, 3])
+    for name in ("categorical", "numeric", "times"):
+        for place, (row, length) in enumerate(zip(rows, (4, 3), strict=True)):
+            batch[name][place, :length] = events[name][row : row + length]
+    batch["users"] = torch.tensor([2, 5])
+    asked = Asked.by(branch.objective, batch, 100)
+    bank = model.bank(model.encode(events), events, torch.arange(len(events["offsets"]) - 1))
+    query = asked.states(model.encoder)
+    found = branch.loss(query, bank.context(asked.times, asked.users), asked)
+
+    z = torch.zeros(2, 4, 16)
+    steps = model.encoder.encode_steps(batch)
+    for place, length in enumerate((4, 3)):
+        for step in range(length - 1):
+            context = bank.context(batch["times"][place, step : step + 1], batch["users"][place : place + 1])
+            seen = context.states[context.visible[0] if context.rows is None else context.rows[0][context.visible[0]]]
+            z[place, step] = torch.cat([steps[place, step], seen.mean(0)])
+    # float32 means in another order
+    torch.testing.assert_close(found, branch.objective(z, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_who_learns():
+    names = {"mean": Mean, "kernel": KernelAttention}
+    frozen = enriched(names)
+    assert [frozen.branch(name).learns for name in frozen.branches] == [False, True]
+    assert frozen.aggregators == ["mean", "kernel"]
+    tuned = enriched(names, tune=True)
+    assert list(tuned.branches) == ["own", "mean", "kernel"]
+    assert tuned.aggregators == ["mean", "kernel"]
+    assert all(tuned.branch(name).learns for name in tuned.branches)
+    assert tuned.encoder_of("mean") is not tuned.encoder
+    assert tuned.encoder_of("shared") is tuned.encoder
+    assert frozen.encoder_of("mean") is frozen.encoder
+
+
+def test_tuned_branches_begin_at_the_pretrained_weights():
+    model = enriched({"mean": Mean}, RecurrentEncoder(d_model=8, **FACTS), tune=True)
+    nn.init.constant_(model.encoder.start, 3.0)
+    assert not torch.equal(model.encoder_of("mean").start, model.encoder.start)
+    model.start_tuning()
+    assert torch.equal(model.encoder_of("mean").start, model.encoder.start)
+    assert torch.equal(model.encoder_of("own").start, model.encoder.start)
+
+
+def test_weights_of_a_branch_do_not_depend_on_the_others():
+    def kernel(*names, seed=1):
+        torch.manual_seed(seed)
+        torch.rand(len(names))  # whatever was drawn before
+        model = enriched(dict.fromkeys(names, KernelAttention))
+        return model.branch("kernel").aggregator.phi.layers[0].weight
+
+    assert torch.equal(kernel("kernel"), kernel("a", "b", "kernel"))
+    assert not torch.equal(kernel("kernel"), kernel("kernel", seed=2))
+    torch.manual_seed(1)
+    both = enriched({"kernel": KernelAttention, "twin": KernelAttention})
+    first, second = (both.branch(name).aggregator.phi.layers[0].weight for name in ("kernel", "twin"))
+    assert not torch.equal(first, second)
+
+
+def test_the_published_rules_are_flags_alone():
+    rules = ContextRules(n_users=300, max_rows=500).published()
+    assert (rules.n_users, rules.max_rows, rules.window, rules.min_prefix) == (300, 500, 100, 15)
+    assert (rules.ties, rules.include_self, rules.drop_last_prefix, rules.before_first) == (
+        "inclusive",
+        True,
+        True,
+        "random",
+    )
+
+
+def test_a_bank_follows_every_rule(events):
+    rules = ContextRules(
+        n_users=9,
+        ties="inclusive",
+        min_prefix=2,
+        lag_days=0.5,
+        max_age_days=6.0,
+        max_rows=3,
+        policy="random",
+        drop_last_prefix=True,
+        seed=4,
+    )
+    model = enriched({"mean": Mean}, rules=rules)
+    states, users = model.encode(events), torch.arange(len(events["offsets"]) - 1)
+    stop = int(events["times"].median())
+    bank = model.bank(states, events, users, stop)
+    assert bank.visibility.plain() == {
+        "ties": "inclusive",
+        "lag": DAY // 2,
+        "max_age": 6 * DAY,
+        "exclude_self": True,
+        "exclude_group": False,
+        "max_context": 3,
+        "policy": "random",
+        "seed": 4,
+    }
+    assert bank.n_users == 9
+    assert int(bank.times.max()) < stop
+    assert isinstance(bank, ContextBank)
+    for user in bank.context_users.tolist():
+        first, last = int(events["offsets"][user]), int(events["offsets"][user + 1])
+        before = [row for row in range(first, last) if events["times"][row] < stop]
+        assert bank.event_rows[bank.users == user].tolist() == before[1:-1]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "at least one"),
+        (["own"], "none of"),
+        (["wide"], "none of"),
+        (["a+time"], "no '\\+' or ':'"),
+        (["a.b"], "without '.'"),
+    ],
+)
+def test_names_that_stand_for_something_else(names, message):
+    with pytest.raises(ValueError, match=message):
+        enriched(dict.fromkeys(names, Mean))
+
+
+def test_finite_states_whose_sum_overflows_are_not_taken_for_broken_ones():
+    seen = torch.tensor([[True, True, False], [False, False, True]])
+    states = torch.tensor([[3e38, -1.0], [3e38, 2.0], [0.5, 0.5]])
+    context = Context(states, None, seen, torch.zeros(2, 3), torch.arange(3))
+    assert Max(d=2)(torch.zeros(2, 2), context).tolist() == [[*states[0, :1].tolist(), 2.0], [0.5, 0.5]]
+    spoiled = Context(
+        states.index_fill(0, torch.tensor([1]), torch.inf), None, seen, torch.zeros(2, 3), torch.arange(3)
+    )
+    assert Max(d=2)(torch.zeros(2, 2), spoiled).isnan().all(1).tolist() == [True, False]
+
+
+def test_a_combination_that_needs_equal_widths(events):
+    model = enriched({"mean": Mean}, combination=partial(Adding, alpha=0.25))
+    context = model.bank(model.encode(events), events, torch.arange(5)).context(
+        events["times"][-1:] + 1, torch.tensor([19]), "gathered"
+    )
+    query = torch.ones(1, 2)
+    seen = context.states[context.rows[0][context.visible[0]]]
+    # float32 mean of at most five
+    torch.testing.assert_close(model.branch("mean").enrich(query, context), 0.75 * query + 0.25 * seen.mean(0))
