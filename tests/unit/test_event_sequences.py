@@ -459,7 +459,7 @@ BAD_DATA = {
     "test_start 2030-01-01 must lie in the data": BY_TIME | {"test_start": "2030-01-01"},
     "no train users": {"where": ["fold = 'test'"], "fold_column": "fold"},
     "target 'churn': no query is left": {"targets": {"churn": NoEventWithin(AfterFirstEvent(), 5000)}},
-    "no column 'amont' (numeric), nearest: amount": {"targets": {"a": AmountAbove(AfterFirstEvent(), 5, "amont")}},
+    "no column 'amuont' (numeric), nearest: amount": {"targets": {"a": AmountAbove(AfterFirstEvent(), 5, "amuont")}},
     "column 'kind' has no value 'A'": {"targets": {"k": EventWithin(AfterFirstEvent(), 5, "kind", ["A"])}},
 }
 
