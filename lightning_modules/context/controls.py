@@ -99,6 +99,52 @@ def time_features(
     return torch.cat([days(times - origin).unsqueeze(1), waves, logs], 1).float()
 
 
+def time_knots(times: Tensor, n_knots: int = 48) -> Tensor:
+    """Moments between which a linear probe may bend as it likes: quantiles of train query times, each once.
+
+    Where queries are asked at fewer distinct moments than ``n_knots``, such as calendar dates, every one is a knot: a
+    probe can then learn any function of the calendar, all that the mean of others could tell without being about them.
+
+    Args:
+        times: ``(Q_train,) int64`` microseconds, at least 1.
+        n_knots: Most knots, at least 1.
+
+    Returns:
+        ``(m,) int64``, rising, at most ``n_knots``.
+
+    Raises:
+        ValueError: If there is no time, or ``n_knots`` is below 1.
+    """
+    if len(times) == 0 or n_knots < 1:
+        raise ValueError(f"time_knots needs at least 1 time and 1 knot, got {len(times)} and {n_knots}")
+    distinct = times.unique()
+    if len(distinct) <= n_knots:
+        return distinct
+    places = torch.linspace(0, len(times) - 1, n_knots, dtype=torch.float64, device=times.device).round().long()
+    return times.sort().values[places].unique()
+
+
+def calendar_basis(times: Tensor, knots: Tensor) -> Tensor:
+    """Piecewise linear functions of time: 1 at one knot, 0 at the others, straight between; constant beyond the ends.
+
+    Args:
+        times: ``(Q,) int64`` microseconds.
+        knots: ``(m,) int64``, rising.
+
+    Returns:
+        ``(Q, m) float32``, rows sum to 1.
+    """
+    inside = times.clamp(int(knots[0]), int(knots[-1]))
+    above = torch.searchsorted(knots, inside).clamp(min=min(1, len(knots) - 1))
+    below = (above - 1).clamp(min=0)
+    gap = (knots[above] - knots[below]).clamp(min=1).double()
+    share = ((inside - knots[below]).double() / gap).unsqueeze(1)
+    basis = torch.zeros(len(times), len(knots), dtype=torch.float64, device=times.device)
+    basis.scatter_add_(1, below.unsqueeze(1), 1 - share)
+    basis.scatter_add_(1, above.unsqueeze(1), share)
+    return basis.float()
+
+
 def shuffled_times(times: Tensor, fold: Tensor, seed: int) -> Tensor:
     """Query times permuted among the queries of each fold: the context of a random moment of the same fold.
 
@@ -230,7 +276,7 @@ def assemble(
     Args:
         arms: Names.
         own: ``(Q, d)`` own states; by name where arms have encoders of their own, ``own`` for those that are not named.
-        time: ``(Q, 10)`` of :func:`time_features`.
+        time: ``(Q, 10 + m)`` of :func:`time_features` and :func:`calendar_basis`.
         contexts: By aggregator, ``shuffled:<aggregator>``, ``gaussian`` and ``constant``: ``(Q, k)`` context vectors;
             by ``wide`` the states ``(Q, 2 d)`` of the wider encoder.
 

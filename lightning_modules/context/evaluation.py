@@ -17,10 +17,12 @@ from lightning_modules.context.bank import ContextBank
 from lightning_modules.context.controls import (
     arm_names,
     assemble,
+    calendar_basis,
     constant_context,
     gaussian_like,
     shuffled_times,
     time_features,
+    time_knots,
 )
 from lightning_modules.context.enriched import QUERIES_AT_A_TIME, EnrichedEncoder, Own
 from lightning_modules.context.probes import LogisticProbe, Probe
@@ -262,6 +264,7 @@ def _features(
     also_shuffled = names if evaluation.shuffled is None else evaluation.shuffled
     own = {name: encoded.own(name, users, times) for name in ["own", *(names if model.tune else [])]}
     calendar, n_events, recency = own_dates(events, own["own"], users, times, int(times[fold == 0].min()))
+    calendar = torch.cat([calendar, calendar_basis(times, time_knots(times[fold == 0]))], 1)
     contexts: dict[str, Tensor] = {}
     for name in tqdm(names, desc="contexts", disable=None, leave=False):
         states = own.get(name, own["own"]).states

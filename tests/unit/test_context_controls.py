@@ -11,10 +11,12 @@ from lightning_modules.context.controls import (
     Arm,
     arm_names,
     assemble,
+    calendar_basis,
     constant_context,
     gaussian_like,
     shuffled_times,
     time_features,
+    time_knots,
 )
 
 DAY = 86_400_000_000
@@ -161,3 +163,31 @@ def test_bad_input_ends_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_calendar_basis_is_linear_between_knots_and_constant_beyond():
+    knots = torch.tensor([10, 20, 40])
+    found = calendar_basis(torch.tensor([0, 10, 15, 20, 35, 40, 99]), knots)
+    expected = [[1, 0, 0], [1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.25, 0.75], [0, 0, 1], [0, 0, 1]]
+    assert found.tolist() == expected
+
+
+def test_one_knot_is_a_constant():
+    assert calendar_basis(torch.tensor([1, 5, 9]), torch.tensor([5])).tolist() == [[1], [1], [1]]
+
+
+def test_knots_are_the_dates_or_quantiles():
+    dates = torch.tensor([30, 10, 20, 10])
+    assert time_knots(dates, 3).tolist() == [10, 20, 30]
+    many = torch.randperm(1001)
+    assert time_knots(many, 5).tolist() == [0, 250, 500, 750, 1000]
+    with pytest.raises(ValueError, match="at least 1 time"):
+        time_knots(dates[:0])
+
+
+def test_a_linear_probe_can_learn_any_function_of_the_dates():
+    dates = torch.arange(12).repeat(30) * 1000
+    values = torch.sin(dates.double() ** 2)
+    basis = calendar_basis(dates, time_knots(dates)).double()
+    fitted = basis @ torch.linalg.lstsq(basis, values.unsqueeze(1)).solution
+    assert torch.allclose(fitted.flatten(), values)

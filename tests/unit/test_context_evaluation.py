@@ -19,7 +19,7 @@ from lightning_modules.context import (
     Mean,
     evaluate,
 )
-from lightning_modules.context.controls import arm_names, shuffled_times
+from lightning_modules.context.controls import arm_names, calendar_basis, shuffled_times, time_knots
 from lightning_modules.context.evaluation import Encoded, exported, own_dates
 from lightning_modules.losses import NextEvent
 from lightning_modules.networks import RecurrentEncoder
@@ -78,6 +78,7 @@ def test_the_features_of_every_arm_are_what_its_name_says(batch):
     encoded = Encoded(model, batch["events"], batch["context_users"])
     own = encoded.own("kernel", users, times)
     calendar, n_events, recency = own_dates(batch["events"], own, users, times, int(times[fold == 0].min()))
+    calendar = torch.cat([calendar, calendar_basis(times, time_knots(times[fold == 0]))], 1)
     kernel = encoded.context("kernel", own.states, users, times)
     elsewhen = encoded.context("mean", own.states, users, shuffled_times(times, fold, 3))
     with torch.no_grad():
