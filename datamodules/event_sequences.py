@@ -488,7 +488,8 @@ def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None
 
 
 def _single(batch: dict[str, Any]) -> DataLoader:
-    return DataLoader([batch], batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+    # Its own generator: a loader draws a seed when it starts, which must not move the model's stream.
+    return DataLoader([batch], batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())  # type: ignore[arg-type]
 
 
 def _as_it_is(batch: Any) -> Any:
