@@ -5,7 +5,8 @@
     python scripts/reproduce_kernel_attention.py --sets online_retail --variant aggregators --seeds 42 43 44
 
 A cell is one `seqlit fit` and one `seqlit test` of a config; its findings are a file in OUT, which is not computed
-again (delete OUT after a change of code). Seeds move weights, batches and the draw of context users, not the split.
+again (delete OUT after a change of code). Seeds move weights, batches and the draw of context users, not the split;
+where labels are few, that too.
 """
 
 import argparse
@@ -28,6 +29,7 @@ SEQLIT = str(Path(sys.executable).with_name("seqlit"))
 PATHS = {
     "online_retail": None,  # bundled, as the next
     "completejourney": None,
+    "completejourney_demographics": None,
     "traffic_fines": "traffic-fines/events.parquet",
 }
 TIMES = {
@@ -35,6 +37,7 @@ TIMES = {
     "completejourney": ("2017-08-01", "2017-10-01"),
     "traffic_fines": ("2007-01-01", "2009-01-01"),
 }
+RESPLIT = ("completejourney_demographics",)  # few labels: every seed is another split of the users as well
 CONTEXT = "lightning_modules.context"
 OTHERS = {
     "learnable_attention": "LearnableAttention",
@@ -77,6 +80,8 @@ def run(name: str, split: str, seed: int, variant: str, folder: Path) -> dict[st
         *VARIANTS[variant],
     ]
     arguments += ["--model.init_args.context.seed", str(seed), "--data.init_args.split", split]
+    if name in RESPLIT:
+        arguments += ["--data.init_args.seed", str(seed)]
     if PATHS[name] is not None:
         arguments += ["--data.init_args.paths", str(folder / str(PATHS[name]))]
     if split == "time":
@@ -140,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("runs/context_table"))
-    parser.add_argument("--sets", nargs="+", choices=list(PATHS), default=list(PATHS))
+    parser.add_argument("--sets", nargs="+", choices=list(PATHS), default=list(TIMES))
     parser.add_argument("--splits", nargs="+", choices=["users", "time"], default=["users", "time"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
     parser.add_argument("--variant", choices=list(VARIANTS), default="core")

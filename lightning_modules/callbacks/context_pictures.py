@@ -213,7 +213,10 @@ def influence(path: Path, study: ContextStudy) -> None:
     assert seen is not None  # the report draws it only then
     columns, given = top_influencers(seen, MOST_NAMED)
     labels, users = target.labels.numpy(), target.users.numpy()
-    asked = _frequent(users, MOST_NAMED)
+    # Where everybody was asked once, those who see the named ones: others would be rows of zeros.
+    everybody, place, counts = np.unique(users, return_inverse=True, return_counts=True)
+    met = np.bincount(place, given.sum(1)) / counts
+    asked = everybody[np.lexsort((everybody, -met, -counts))[:MOST_NAMED]]
     ids = [str(study.user_ids[user]) if user < len(study.user_ids) else f"row {user}" for user in [*asked, *columns]]
     names = _short(ids)
     groups = {
@@ -221,7 +224,7 @@ def influence(path: Path, study: ContextStudy) -> None:
             (f"{label}  ({(labels == label).sum()} queries)", given[labels == label].mean(0))
             for label in _frequent(labels, MOST_CLASSES)
         ],
-        "by user asked about (those of most queries)": [
+        "by user asked about (those of most queries, then of most weight)": [
             (f"{name}  ({(users == user).sum()})", given[users == user].mean(0))
             for name, user in zip(names, asked, strict=False)
         ],
