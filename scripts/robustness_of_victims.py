@@ -325,6 +325,8 @@ JUDGED = [
     for judge in ("two statistics", "rounding read", "statistics")
     for what in ("detected", "false alarms", "AUC")
 ]
+ATTACKED = [*[f"PGD, {relative:g} r" for relative in RELATIVE_RADII], "sum, 1 r"]
+SEEN = ("PGD flagged", "PGD joint", "sum flagged", "sum joint")
 STUDIES = {
     "confident": Study(
         confident,
@@ -332,19 +334,11 @@ STUDIES = {
         ("ResCNN", "S4"),
         ("clean", "median abs logit", "attack", *[f"x {factor}" for factor in FACTORS], "largest move from x 1"),
     ),
-    "defence": Study(
-        defence,
-        ("GunPoint", "PowerCons"),
-        ("ResCNN",),
-        ("training", "clean", *[f"PGD, {r:g} r" for r in RELATIVE_RADII], "sum, 1 r", "PGD flagged", "PGD joint", "sum flagged", "sum joint"),
-    ),
+    "defence": Study(defence, ("GunPoint", "PowerCons"), ("ResCNN",), ("training", "clean", *ATTACKED, *SEEN)),
     "manifold": Study(
-        manifold,
-        ("GunPoint", "Strawberry"),
-        ("ResCNN",),
-        ("attack", "on the manifold", "EFF", "accuracy", *JUDGED),
+        manifold, ("GunPoint", "Strawberry"), ("ResCNN",), ("attack", "on the manifold", "EFF", "accuracy", *JUDGED)
     ),
-}  # fmt: skip
+}
 
 
 def main() -> None:
