@@ -118,25 +118,36 @@ def spread(values: list[float | None], digits: int = 3, sign: str = "") -> str:
     return f"{statistics.mean(known):{sign}.{digits}f}{sd}"
 
 
-def table(name: str, split: str, runs: list[dict[str, Any]]) -> Iterator[str]:
-    """Arms of every target: measures over seeds; what context arms add to their strictest control, and who helps."""
+def table(name: str, split: str, runs: list[dict[str, Any]], every_arm: bool) -> Iterator[str]:
+    """A row an arm, the targets side by side: over seeds, ROC-AUC, the gain over the strictest control, who helps."""
     merged = merge_seeds(runs)
-    seconds = [one["seconds"]["both commands"] for one in runs]
-    yield f"### {name}, split by {split}"
-    for target, found in merged["targets"].items():
-        yield f"\n**{target}**: {found['description']} Chosen on validation: {', '.join(found['chosen'])}.\n"
-        yield "| arm | ROC-AUC | PR-AUC | log-loss | gain over the strictest control | helps |"
-        yield "|---|---|---|---|---|---|"
-        for arm, row in found["arms"].items():
-            measures = row["measures"]
-            shown = [spread(measures[key]["values"]) for key in ("roc_auc", "pr_auc", "log_loss")]
+    targets = merged["targets"]
+    yield f"### {name}, split by {split}, {len(runs)} seeds\n"
+    yield f"| arm | {' | '.join(f'{target}: ROC-AUC | gain | helps' for target in targets)} |"
+    yield "|---" * (1 + 3 * len(targets)) + "|"
+    arms = next(iter(targets.values()))["arms"]
+    kept = [arm for arm in arms if every_arm or ":" not in arm or arm == "shuffled+time:kernel"]
+    for arm in kept:
+        cells = []
+        for found in targets.values():
+            row = found["arms"][arm]
             judged = row.get("judged")
             gain = "" if judged is None else spread(judged["values"], 4, "+")
             helps = "" if judged is None else f"{judged['n_helps']} of {len(runs)}"
-            yield f"| {arm} | {' | '.join(shown)} | {gain} | {helps} |"
-        verdicts = [one["targets"][target]["verdict"] for one in runs]
-        yield f"\n{found['verdict']}; seed by seed:"
-        yield from (f"- {one['seed']}: {verdict}" for one, verdict in zip(runs, verdicts, strict=True))
+            cells += [spread(row["measures"]["roc_auc"]["values"]), gain, helps]
+        yield f"| {arm} | {' | '.join(cells)} |"
+    yield ""
+    for target in targets:
+        chosen = [one["targets"][target]["arms"][one["targets"][target]["chosen"]]["judged"] for one in runs]
+        names = ", ".join(one["targets"][target]["chosen"] for one in runs)
+        gains = ", ".join(f"{one['gain']:+.4f}" for one in chosen)
+        n_helps = sum(bool(one["helps"]) for one in chosen)
+        few = " Underpowered." if targets[target]["underpowered"] else ""
+        yield (
+            f"- {target}: the arm chosen on validation ({names}) helps in {n_helps} of {len(runs)} seeds, by "
+            f"{gains}.{few}"
+        )
+    seconds = [one["seconds"]["both commands"] for one in runs]
     yield f"\nSeconds of fit and test together: {min(seconds):.0f} to {max(seconds):.0f}.\n"
 
 
@@ -149,6 +160,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", choices=["users", "time"], default=["users", "time"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
     parser.add_argument("--variant", choices=list(VARIANTS), default="core")
+    parser.add_argument("--every_arm", action="store_true", help="also each aggregator at shuffled moments")
     options = parser.parse_args()
     wanted = [(name, split, seed) for seed in options.seeds for name in options.sets for split in options.splits]
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -156,7 +168,7 @@ def main() -> None:
         found = cell(name, split, seed, options.variant, options.folder, options.out)
         cells.setdefault((name, split), []).append(found)
     for (name, split), runs in cells.items():
-        print("\n".join(table(name, split, runs)))
+        print("\n".join(table(name, split, runs, options.every_arm)))
 
 
 if __name__ == "__main__":
