@@ -1,0 +1,46 @@
+"""The other shipped configs of attacks: they are what they say, and run through the real command."""
+
+import pytest
+import torch
+import yaml
+
+from lightning_modules.networks import PatchTST
+
+CONFIG = "configs/concealed_attack/patch_tst_published.yaml"
+
+
+@pytest.fixture
+def settings(project):
+    return yaml.safe_load((project / CONFIG).read_text(encoding="utf-8"))
+
+
+def test_both_networks_have_the_published_size(settings):
+    model = settings["model"]["init_args"]
+    attacked = model["discriminators"][0]["init_args"]
+    assert model["classifier"] == attacked["network"]
+    network = PatchTST(n_channels=1, n_classes=2, n_steps=150, **attacked["network"]["init_args"])
+    n_parameters = sum(parameter.numel() for parameter in network.parameters())
+    assert 6.25e6 < n_parameters < 6.35e6, "6.3 M in the specification, to its two figures"
+    assert attacked["n_levels"] * attacked["epochs_per_level"] == 150
+
+
+def test_a_fit_of_the_published_schedule_in_small(seqlit, settings, tmp_path):
+    pytest.importorskip("sktime", reason="GunPoint is bundled with sktime: seqlit[timeseries]")
+    model = settings["model"]["init_args"]
+    settings["trainer"] |= {"max_epochs": 6, "accelerator": "cpu"}
+    model |= {"classifier_epochs": 1, "n_folds": 0}
+    model["classifier"]["init_args"] |= {"d_model": 16, "d_feedforward": 16}
+    for plan in model["discriminators"]:
+        plan["init_args"] |= {"epochs_per_level": 1}
+        plan["init_args"]["attack"]["init_args"]["n_steps"] = 2
+    model["discriminators"][0]["init_args"]["network"] = model["classifier"]
+    for plan in model["attacks"]:
+        plan["init_args"]["attack"]["init_args"]["n_steps"] = 2
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    status, _, err = seqlit("fit", "--config", path)
+    assert status == 0, err
+    folder = tmp_path / "runs" / "concealed_attack_published" / "version_0" / "checkpoints"
+    checkpoint = torch.load(folder / "best.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == 5
+    assert set(checkpoint["found"]["chosen"]) == {"ifgsm", "ifgsm sum", "ifgsm harmonic"}
