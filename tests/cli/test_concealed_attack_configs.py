@@ -36,6 +36,8 @@ def test_a_fit_of_the_published_schedule_in_small(seqlit, settings, tmp_path):
     model["discriminators"][0]["init_args"]["network"] = model["classifier"]
     for plan in model["attacks"]:
         plan["init_args"]["attack"]["init_args"]["n_steps"] = 2
+        plan["init_args"]["steps"] = plan["init_args"]["steps"][:1]
+    settings["data"]["init_args"]["max_length"] = 48
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     status, _, err = seqlit("fit", "--config", path)
