@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.callbacks import EpochLines, LastCheckpoint, RandomState
+from lightning_modules.many_devices import REPLICATED, wants_many
 from lightning_modules.run_folder import (
     BEST,
     LAST,
@@ -62,6 +64,7 @@ _IRRELEVANT = (
 )
 # Runtime errors that are about the user's input: weights that do not fit, a metric to stop by that nobody logs.
 _USERS_RUNTIME_ERRORS = ("Error(s) in loading state_dict", "Early stopping conditioned on metric")
+_OTHERS_WAIT = 5.0  # seconds
 TRACEBACK_VARIABLE = "SEQLIT_TRACEBACK"
 # Some injected classes are dataclasses with subclasses, such as objectives of attacks. Once: a second call is refused.
 set_parsing_settings(subclasses_enabled=["is_pure_dataclass"])
@@ -122,6 +125,10 @@ class SeqlitCLI(LightningCLI):
         if config.data is None:
             raise ValueError("data: no data module given, name one by data.class_path")
         trainer = config.trainer
+        if trainer.strategy == "ddp" or (
+            trainer.strategy == "auto" and wants_many(trainer.devices, trainer.num_nodes, trainer.accelerator)
+        ):
+            trainer.strategy = REPLICATED
         if trainer.enable_checkpointing is not False and (self.subcommand != "fit" or _is_run_logger(trainer.logger)):
             self.trainer_defaults["callbacks"].append(LastCheckpoint())
         self._choose_run(config)
@@ -190,8 +197,17 @@ def _one_line(message: str) -> str:
     return re.sub(r"\s+", " ", "; ".join(kept)).replace(":;", ":").strip()
 
 
+def _rank() -> int:
+    """This process' number as its launcher says it; before the trainer is there, nothing else knows."""
+    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
+
+
 def _fail(message: str) -> NoReturn:
-    print(f"seqlit: error: {_one_line(message)}", file=sys.stderr)
+    if _rank() > 0:
+        # Most errors are those of all processes: the first says it, and its end is theirs.
+        time.sleep(_OTHERS_WAIT)
+    where = f" in process {_rank()}" if _rank() > 0 else ""
+    print(f"seqlit: error{where}: {_one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -33,7 +33,7 @@ set_up() {
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   # torch first and pinned: left to the resolver, the newest release would come, whatever was tested.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tda,timeseries,events]'
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tda,timeseries,events,wandb,search]'
   printf '%s' "$wanted" > "$stamp"
   say "Installed in $((SECONDS - started)) s"
 }
