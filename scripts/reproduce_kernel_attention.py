@@ -59,6 +59,8 @@ VARIANTS: dict[str, list[str]] = {
         json.dumps({name: {"class_path": f"{CONTEXT}.{kind}"} for name, kind in OTHERS.items()}),
         "--model.init_args.wide_encoder",
         json.dumps(WIDE),
+        "--model.init_args.evaluation.explained",
+        "attention_hawkes",
     ],
     # every branch trains its own encoder, one without context as long as the others
     "tuned": [

@@ -1,16 +1,18 @@
 """What context must and must not do where the truth is known: synthetic events against exact Bayes oracles.
 
-    python scripts/synthetic_context.py --claims regime null cohort hawkes
-    python scripts/synthetic_context.py --claims regime --split time --seeds 0 --out runs/try
+    python scripts/synthetic_context.py --claims regime null shuffled cohort hawkes
+    python scripts/synthetic_context.py --claims regime cohort --split time
 
 ``regime``: everybody's events and labels depend on a hidden state s(t); sparse users learn of it from others. Share of
 the gap between the oracle of own history and the one that is told s(t), closed by the aggregator that is best on
-validation. ``null``: s(t) never moves, so context has nothing to add. ``cohort``: every group has a state of its own,
-which a mean over everybody hides. ``hawkes``: events of groups excite each other with a known decay, to be recovered by
-maximum likelihood. Sizes are declared below. A cell is a file in OUT that is not computed again.
+validation. ``null``: s(t) never moves, so context has nothing to add. ``shuffled``: the regime, but every user's clock
+moved by an offset of its own, so that others tell nothing of the moment. ``cohort``: every group has a state of its
+own, which a mean over everybody hides. ``hawkes``: events of groups excite each other with a known decay, to be
+recovered by maximum likelihood. Sizes are declared below. A cell is a file in OUT that is not computed again.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -23,11 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Trainer, seed_everything
+from scipy.stats import t as student
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from datamodules.event_oracles import log_losses, oracle_probabilities
+from datamodules.synthetic_event_set import START
 from datamodules.synthetic_events import cohort, null, regime
 from datamodules.synthetic_hawkes import hawkes_cross
 from lightning_modules import KernelAttentionAggregator
@@ -68,8 +72,9 @@ AGGREGATORS: dict[str, dict[str, Callable[..., Any]]] = {
         "attention_hawkes": AttentionHawkes,
     },
 }
-AGGREGATORS["null"] = AGGREGATORS["regime"]
-SEEDS = {"regime": range(5), "null": range(5), "cohort": range(3), "hawkes": range(5)}
+AGGREGATORS["null"] = AGGREGATORS["shuffled"] = AGGREGATORS["regime"]
+SEEDS = {"regime": range(10), "null": range(5), "shuffled": range(5), "cohort": range(3), "hawkes": range(5)}
+N_TEST_SHUFFLED = 25_000  # of all users: the truth about sparse ones is not asked for
 TRUE_THETA = 0.02
 
 
@@ -151,7 +156,12 @@ def share_closed(drawn: Any, claim: str, seed: int) -> dict[str, Any]:
     for fold, most in enumerate((N_TRAIN, N_VALIDATION)):
         inside = torch.nonzero(local["fold"] == fold).flatten()
         rows.append(inside[torch.randperm(len(inside), generator=generator)[:most]])
-    rows = torch.cat([*rows, torch.nonzero((local["fold"] == 2) & sparse).flatten()])
+    if claim == "shuffled":
+        tested = torch.nonzero(local["fold"] == 2).flatten()
+        tested = tested[torch.randperm(len(tested), generator=generator)[:N_TEST_SHUFFLED]]
+    else:
+        tested = torch.nonzero((local["fold"] == 2) & sparse).flatten()
+    rows = torch.cat([*rows, tested])
     asked = only(local, rows)
     probe = LightGBMProbe(n_trees=300, learning_rate=0.05, patience=20)
     evaluation = Evaluation(probe=probe, gaussian=False, constant=False)
@@ -159,9 +169,10 @@ def share_closed(drawn: Any, claim: str, seed: int) -> dict[str, Any]:
         study = evaluate(model, batch | {"queries": {"local": asked}}, evaluation, seed=seed)
     target = study.targets[0]
     labels, users = target.labels.numpy(), target.users.numpy()
-    tested = rows[(asked["fold"] == 2)].numpy()
+    # A moved clock leaves no oracle: its s(t) is that of another moment for every user.
     oracles = {
-        knows: log_losses(oracle_probabilities(drawn, "local", knows)[tested], labels) for knows in ("own", "regime")
+        knows: log_losses(oracle_probabilities(drawn, "local", knows)[tested.numpy()], labels)
+        for knows in (() if claim == "shuffled" else ("own", "regime"))
     }
     losses = {arm: log_losses(found.numpy(), labels) for arm, found in target.test.items()}
     chosen = target.chosen("log_loss")
@@ -169,28 +180,26 @@ def share_closed(drawn: Any, claim: str, seed: int) -> dict[str, Any]:
     found = findings(study, n_resamples=500, measure="log_loss")["targets"]["local"]
     resampled = np.random.default_rng(seed)
     everybody, place = np.unique(users, return_inverse=True)
-    sums = np.stack(
-        [
-            np.bincount(place, values)
-            for values in (oracles["own"], oracles["regime"], losses[chosen], losses["own+time"], np.ones(len(users)))
-        ]
-    )
+    columns = [losses[chosen], losses["own+time"], np.ones(len(users)), *oracles.values()]
+    sums = np.stack([np.bincount(place, values) for values in columns])
     draws = resampled.multinomial(len(everybody), np.full(len(everybody), 1 / len(everybody)), size=1000) @ sums.T
-    shares = (draws[:, 0] - draws[:, 2]) / (draws[:, 0] - draws[:, 1])
-    beyond = (draws[:, 2] - draws[:, 3]) / draws[:, 4]
-    gap = oracles["own"].mean() - oracles["regime"].mean()
+    beyond = (draws[:, 0] - draws[:, 1]) / draws[:, 2]
     result = {
         "n": len(labels),
         "oracles": {name: float(values.mean()) for name, values in oracles.items()},
         "arms": {arm: float(values.mean()) for arm, values in losses.items()},
         "chosen": chosen,
-        "share": [float((oracles["own"].mean() - losses[chosen].mean()) / gap), *np.quantile(shares, [0.025, 0.975])],
         "minus own+time": [
             float(losses[chosen].mean() - losses["own+time"].mean()),
             *np.quantile(beyond, [0.025, 0.975]),
         ],
         "helps": found["helps"],
     }
+    if oracles:
+        shares = (draws[:, 3] - draws[:, 0]) / (draws[:, 3] - draws[:, 4])
+        gap = oracles["own"].mean() - oracles["regime"].mean()
+        share = float((oracles["own"].mean() - losses[chosen].mean()) / gap)
+        result["share"] = [share, *np.quantile(shares, [0.025, 0.975])]
     if claim == "cohort":
         result["mass"] = {name: mass_on_own_group(drawn, model, batch, asked, name) for name in AGGREGATORS[claim]}
     return result
@@ -234,10 +243,23 @@ def recovered_theta(seed: int) -> dict[str, Any]:
     return found
 
 
+def with_own_clocks(drawn: Any, seed: int) -> Any:
+    """Every user's events and queries moved by an offset of its own, up to the length of the whole."""
+    span = drawn.stop - START
+    offsets = np.random.default_rng(10_000 + seed).integers(0, span, drawn.n_users)
+    queries = {
+        name: asked | {"times": asked["times"] + offsets[asked["users"]]} for name, asked in drawn.queries.items()
+    }
+    times = drawn.times + offsets[drawn.event_users]
+    return dataclasses.replace(drawn, times=times, queries=queries, stop=drawn.stop + span)
+
+
 def compute(claim: str, split: str, seed: int) -> dict[str, Any]:
     """One cell."""
     if claim == "hawkes":
         return recovered_theta(seed)
+    if claim == "shuffled":
+        return share_closed(with_own_clocks(regime(seed), seed), claim, seed)
     later = {"new_regimes_at": 0.6} if split == "time" else {}
     return share_closed({"regime": regime, "null": null, "cohort": cohort}[claim](seed, **later), claim, seed)
 
@@ -262,20 +284,25 @@ def table(claim: str, split: str, cells: dict[int, dict[str, Any]]) -> Iterator[
             thetas = [cell[kind]["from 3"] for cell in cells.values()]
             yield f"- {kind}: median theta {statistics.median(thetas):.4f}, true {TRUE_THETA}"
         return
-    yield (
-        f"{claim}, split by {split}; log-loss of the local label on sparse users' test queries\n\n"
-        "| seed | queries | oracle own | oracle s(t) | own | own+time | chosen on validation | its log-loss "
-        "| share of the gap | minus own+time | helps |"
-    )
-    yield "|---" * 11 + "|"
+    who = "test queries of all users" if claim == "shuffled" else "sparse users' test queries"
+    oracles = [] if claim == "shuffled" else ["oracle own", "oracle s(t)"]
+    has_gap = claim in ("regime", "cohort")
+    heads = ["seed", "queries", *oracles, "own", "own+time", "chosen on validation", "its log-loss"]
+    heads += [*(["share of the gap"] if has_gap else []), "minus own+time", "helps"]
+    yield f"{claim}, split by {split}; log-loss of the local label on {who}\n\n| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
     for seed, cell in cells.items():
-        numbers = [cell["oracles"]["own"], cell["oracles"]["regime"], cell["arms"]["own"], cell["arms"]["own+time"]]
-        share = "" if claim == "null" else shown(cell["share"])
+        numbers = [*cell["oracles"].values(), cell["arms"]["own"], cell["arms"]["own+time"]]
         chosen = cell["chosen"]
-        yield (
-            f"| {seed} | {cell['n']} | {' | '.join(f'{one:.3f}' for one in numbers)} | {chosen} | "
-            f"{cell['arms'][chosen]:.3f} | {share} | {shown(cell['minus own+time'])} | {cell['helps']} |"
-        )
+        row = [str(seed), str(cell["n"]), *(f"{one:.3f}" for one in numbers), chosen, f"{cell['arms'][chosen]:.3f}"]
+        row += [*([shown(cell["share"])] if has_gap else []), shown(cell["minus own+time"]), str(cell["helps"])]
+        yield f"| {' | '.join(row)} |"
+    for key in (["share"] if has_gap else []) + ["minus own+time"]:
+        values = [cell[key][0] for cell in cells.values()]
+        if len(values) > 1:
+            mean, sd = statistics.mean(values), statistics.stdev(values)
+            half = float(student.ppf(0.975, len(values) - 1)) * sd / len(values) ** 0.5
+            yield f"- {key}, over seeds: {mean:.3f} ± {half:.3f} (95 % of the mean), standard deviation {sd:.3f}"
     if claim == "cohort":
         yield "\nShare of the weights on the own group (chance 1/8), and log-loss of the arm, means over seeds:"
         for name in AGGREGATORS[claim]:

@@ -27,6 +27,7 @@ from lightning_modules.metrics.bootstrap import (
     paired_bootstrap,
     paired_intervals,
 )
+from lightning_modules.metrics.epoch_mean import EpochMean
 from lightning_modules.metrics.functional import per_user_metrics, relevance_hits
 from lightning_modules.metrics.ranking_metrics import (
     MAP,
@@ -51,6 +52,7 @@ __all__ = [
     "DetectorAccuracy",
     "DetectorF1",
     "Effectiveness",
+    "EpochMean",
     "FoolingRate",
     "HiddenProbability",
     "HitRate",
