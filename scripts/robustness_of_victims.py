@@ -331,7 +331,7 @@ STUDIES = {
     "confident": Study(
         confident,
         ("GunPoint", "GunPointMaleVersusFemale", "PowerCons", "Strawberry"),
-        ("ResCNN", "S4"),
+        ("ResCNN", "PatchTST"),
         ("clean", "median abs logit", "attack", *[f"x {factor}" for factor in FACTORS], "largest move from x 1"),
     ),
     "defence": Study(defence, ("GunPoint", "PowerCons"), ("ResCNN",), ("training", "clean", *ATTACKED, *SEEN)),
