@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from datamodules.array_cache import CacheFolder
 from datamodules.counter_hash import Purpose, Words, below, chain, extend, mix
+from datamodules.epoch_sampler import numbers_of
 from datamodules.histories import flat_ranges
 from datamodules.splits import Target
 
@@ -106,8 +107,8 @@ class TrainingSequences(Dataset):
         if self._target == "next_item":
             if "train_is_new" not in self._folder.facts["arrays"]:
                 return np.ones(len(users), dtype=bool)
-            n_before = np.r_[0, np.cumsum(self._folder.array("train_is_new"))]
-            return n_before[stops + 1] > n_before[starts + 1]
+            is_new = np.r_[self._folder.array("train_is_new"), False]  # the last window may end with the last row
+            return np.logical_or.reduceat(is_new, np.stack([starts + 1, stops + 1], axis=1).ravel())[::2]
         baskets, base = self._folder.array("train_baskets"), self._folder.array("basket_base")[users]
         candidates = self._folder.array("target_offsets")
         return candidates[base + baskets[stops - 1] + 2] > candidates[base + baskets[starts] + 1]
@@ -120,19 +121,21 @@ class TrainingSequences(Dataset):
     def __len__(self) -> int:
         return len(self._users)
 
-    def __getitem__(self, number: int) -> Batch:
-        return self.__getitems__([number])
+    def __getitem__(self, index: int | Sequence[int]) -> Batch:
+        return self.__getitems__(numbers_of(index))
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """Assemble sequences.
 
         Args:
-            numbers: B numbers, epoch * n + i.
+            numbers: B numbers, epoch * n + i; -1 fills a batch up where processes must have equally many.
 
         Returns:
-            ``item_ids``, ``basket_ids``, ``targets``, each ``(B, T) int64``; padding V, -1 and -100.
+            ``item_ids``, ``basket_ids``, ``targets``, each ``(B, T) int64``; padding V, -1 and -100. Row -1 is the
+            first window, every target of it -100.
         """
-        epochs, windows = np.divmod(np.asarray(numbers, dtype=np.int64), len(self))
+        asked = np.asarray(numbers, dtype=np.int64)
+        epochs, windows = np.divmod(np.maximum(asked, 0), len(self))
         starts, stops = self._starts[windows], self._stops[windows]
         filled, positions = _slots(starts, stops, self._max_length)
         lengths = stops - starts
@@ -148,11 +151,13 @@ class TrainingSequences(Dataset):
                 row_begins = np.zeros(len(positions), dtype=bool)
                 row_begins[np.cumsum(lengths) - lengths] = True
                 items = items[shuffled_in_runs(basket, row_begins, mix(words))]
-        return {
+        batch = {
             "item_ids": _padded(filled, items, self._n_items),
             "basket_ids": _padded(filled, baskets, -1),
             "targets": _padded(filled, targets, IGNORED),
         }
+        batch["targets"][torch.from_numpy(asked < 0)] = IGNORED
+        return batch
 
     def _next_items(self, positions: Ints) -> NDArray[np.integer]:
         following = self._folder.array("train_items")[positions + 1]
@@ -220,8 +225,8 @@ class EvaluationSequences(Dataset):
     def __len__(self) -> int:
         return len(self._users)
 
-    def __getitem__(self, number: int) -> Batch:
-        return self.__getitems__([number])
+    def __getitem__(self, index: int | Sequence[int]) -> Batch:
+        return self.__getitems__(numbers_of(index))
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """Assemble users.

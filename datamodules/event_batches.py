@@ -17,9 +17,13 @@ from torch.utils.data import Dataset
 
 from datamodules.array_cache import CacheFolder
 from datamodules.counter_hash import Purpose, below, chain
+from datamodules.epoch_sampler import numbers_of
 from datamodules.event_preparation import EventLog, Ints
 
 Queries = dict[str, dict[str, Any]]
+
+IGNORED = -100
+"""Label of a row that is not counted."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,10 @@ class SequenceSampler(ABC):
 
     @abstractmethod
     def windows(self, facts: TrainingFacts, units: Ints, epoch: Ints) -> tuple[Ints, Ints, Ints, dict[str, Ints]]:
-        """Users, first and one past last flat rows of the windows, and further tensors of the batch by name."""
+        """Users, first and one past last flat rows of the windows, and further tensors of the batch by name.
+
+        Each unit has equally many windows, which follow each other.
+        """
 
 
 class ColesSlices(SequenceSampler):
@@ -148,6 +155,9 @@ class TailWindows(SequenceSampler):
 class EventTrainingSequences(Dataset):
     """Whole batches of training windows; an index is ``unit + epoch * n`` as :class:`EpochSampler` gives it.
 
+    Index -1 fills a batch up where processes must have equally many: the windows of unit 0 without an event, ``mask``
+    false everywhere, features and times 0, ``users`` -1 and ``labels`` -100.
+
     Args:
         folder: Prepared arrays.
         facts: What may be trained on.
@@ -170,14 +180,21 @@ class EventTrainingSequences(Dataset):
     def __len__(self) -> int:
         return len(self._units)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.__getitems__([index])
+    def __getitem__(self, index: int | Sequence[int]) -> dict[str, Tensor]:
+        return self.__getitems__(numbers_of(index))
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        epoch, place = np.divmod(np.asarray(indices, dtype=np.int64), len(self._units))
+        asked = np.asarray(indices, dtype=np.int64)
+        epoch, place = np.divmod(np.maximum(asked, 0), len(self._units))
         users, starts, stops, further = self._sampler.windows(self._facts, self._units[place], epoch)
         batch = sequence_batch(self._folder, users, starts, stops)
-        return batch | {name: torch.from_numpy(values) for name, values in further.items()}
+        batch |= {name: torch.from_numpy(values) for name, values in further.items()}
+        if (asked < 0).any():
+            padding = torch.from_numpy(np.repeat(asked < 0, len(users) // len(asked)))
+            nothing = {"categorical": 0, "numeric": 0, "times": 0, "mask": False, "users": -1, "labels": IGNORED}
+            for name in nothing.keys() & batch.keys():
+                batch[name][padding] = nothing[name]
+        return batch
 
 
 def sequence_batch(folder: CacheFolder, users: Ints, starts: Ints, stops: Ints) -> dict[str, Tensor]:

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from datamodules.array_cache import CacheFolder, content_digests, open_or_build
-from datamodules.epoch_sampler import EpochSampler
+from datamodules.epoch_sampler import EpochLoader
 from datamodules.event_batches import (
     EventTrainingSequences,
     Queries,
@@ -253,16 +253,14 @@ class EventSequencesDataModule(LightningDataModule):
             self._sampling_seed = torch.initial_seed() % 2**31
         sequences = EventTrainingSequences(self._folder(), self._training_facts(self._sampling_seed), self._sampler)
         replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        return DataLoader(
+        return EpochLoader(
             sequences,
-            batch_size=self._batch_size,
-            sampler=EpochSampler(sequences, shuffle=True, seed=self._sampling_seed, num_replicas=replicas, rank=rank),
-            collate_fn=_as_it_is,
+            rows=self._batch_size,
+            shuffled=True,
+            seed=self._sampling_seed,
+            num_replicas=replicas,
+            rank=rank,
             num_workers=self._num_workers,
-            persistent_workers=self._num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: a loader draws a seed for its workers, which must not move the model's stream.
-            generator=torch.Generator(),
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -488,8 +486,16 @@ def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None
 
 
 def _single(batch: dict[str, Any]) -> DataLoader:
-    # Its own generator: a loader draws a seed when it starts, which must not move the model's stream.
-    return DataLoader([batch], batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())  # type: ignore[arg-type]
+    loader: DataLoader = DataLoader(
+        [batch],  # type: ignore[arg-type]
+        batch_size=None,
+        # The batch goes to every process; Lightning leaves a distributed sampler as it is.
+        sampler=DistributedSampler([batch], num_replicas=1, rank=0, shuffle=False),  # type: ignore[arg-type]
+        collate_fn=_as_it_is,
+        # Its own generator: a loader draws a seed when it starts, which must not move the model's stream.
+        generator=torch.Generator(),
+    )
+    return loader
 
 
 def _as_it_is(batch: Any) -> Any:

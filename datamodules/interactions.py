@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-import torch
 from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import ArrayLike, NDArray
@@ -15,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from datamodules.array_cache import CacheFolder, content_digests, open_or_build
 from datamodules.batches import EvaluationSequences, TrainingSequences
-from datamodules.epoch_sampler import EpochSampler
+from datamodules.epoch_sampler import EpochLoader
 from datamodules.histories import Histories
 from datamodules.preparation import PreparationSettings, prepare_histories
 from datamodules.sources.columns import Columns, TimeUnit
 from datamodules.sources.file_names import resolve_paths
-from datamodules.splits import Target
+from datamodules.splits import Target, occurrences
 
 
 class InteractionsDataModule(LightningDataModule):
@@ -177,7 +176,7 @@ class InteractionsDataModule(LightningDataModule):
         self._num_workers = num_workers
         self._cache_dir = Path(cache_dir).expanduser().absolute()
         self._cache: CacheFolder | None = None
-        self._sampler: EpochSampler | None = None
+        self._train_loader: EpochLoader | None = None
         self._train: TrainingSequences | None = None
 
     def prepare_data(self) -> None:
@@ -190,8 +189,8 @@ class InteractionsDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training sequences; the order is a function of (seed, epoch) alone."""
-        self._sampler = self._sampler_of(self._training_sequences(), shuffle=True)
-        return self._loader(self._training_sequences(), self._sampler, self._batch_size)
+        self._train_loader = self._loader(self._training_sequences(), self._batch_size, shuffled=True)
+        return self._train_loader
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Validation users, or an empty list if there are none."""
@@ -213,7 +212,7 @@ class InteractionsDataModule(LightningDataModule):
     @property
     def item_counts(self) -> NDArray[np.int64]:
         """``(V,)`` training interactions of each item."""
-        return np.bincount(self._folder().array("train_items"), minlength=self.n_items)
+        return occurrences(self._folder().array("train_items"), self.n_items)
 
     @property
     def catalogue_hash(self) -> str:
@@ -255,11 +254,11 @@ class InteractionsDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """How the data was split, epoch and finished batches of it, and the catalogue; plain values only."""
-        progress = None if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress
+        place = {"epoch": 0, "batches": 0} if self._train_loader is None else self._train_loader.state_dict()
         return {
             "preparation": json.dumps(self._decisive(), sort_keys=True),
-            "epoch": 0 if self._sampler is None else self._sampler.epoch,
-            "position": 0 if progress is None else progress.current.completed,
+            "epoch": place["epoch"],
+            "position": place["batches"],
             "catalogue_hash": self.catalogue_hash,
             "n_items": self.n_items,
         }
@@ -316,31 +315,19 @@ class InteractionsDataModule(LightningDataModule):
 
     def _evaluation_loader(self, stage: str) -> DataLoader:
         sequences = EvaluationSequences(self._folder(), stage=stage, max_length=self.max_length)
-        return self._loader(sequences, self._sampler_of(sequences, shuffle=False), self._eval_batch_size)
+        return self._loader(sequences, self._eval_batch_size, shuffled=False)
 
-    def _sampler_of(self, sequences: TrainingSequences | EvaluationSequences, *, shuffle: bool) -> EpochSampler:
+    def _loader(self, sequences: TrainingSequences | EvaluationSequences, rows: int, *, shuffled: bool) -> EpochLoader:
         replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        return EpochSampler(sequences, shuffle=shuffle, seed=self.seed, num_replicas=replicas, rank=rank)
-
-    def _loader(
-        self, sequences: TrainingSequences | EvaluationSequences, sampler: EpochSampler, batch_size: int
-    ) -> DataLoader:
-        return DataLoader(
+        return EpochLoader(
             sequences,
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=_as_it_is,
+            rows=rows,
+            shuffled=shuffled,
+            seed=self.seed,
+            num_replicas=replicas,
+            rank=rank,
             num_workers=self._num_workers,
-            persistent_workers=self._num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: a loader draws a seed for its workers, which must not move the model's stream.
-            generator=torch.Generator(),
         )
-
-
-def _as_it_is(batch: Any) -> Any:
-    """A data set with ``__getitems__`` gives whole batches; there is nothing to collate."""
-    return batch
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.epoch_sampler import numbers_of
 from datamodules.price_panel import Panel
 
 logger = logging.getLogger(__name__)
@@ -36,19 +37,21 @@ class ReturnWindows(Dataset):
     def __len__(self) -> int:
         return len(self._windows)
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        return self.__getitems__([number])
+    def __getitem__(self, index: int | Sequence[int]) -> dict[str, Tensor]:
+        return self.__getitems__(numbers_of(index))
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """A batch.
 
         Args:
-            numbers: B numbers in 0..W S - 1.
+            numbers: Numbers ``epoch * n + i`` of windows i in 0..n-1, as
+                :class:`~datamodules.epoch_sampler.EpochSampler` yields them; -1, which fills a batch up where processes
+                must have equally many, is left out.
 
         Returns:
-            ``windows (B, L) float32``, 0 where unknown; ``stocks (B,)`` and ``stops (B,) int64``.
+            Of the B others, ``windows (B, L) float32``, 0 where unknown; ``stocks (B,)`` and ``stops (B,) int64``.
         """
-        chosen = torch.as_tensor(numbers)
+        chosen = torch.tensor([number % len(self) for number in numbers if number >= 0], dtype=torch.int64)
         return {"windows": self._windows[chosen], "stocks": self._stocks[chosen], "stops": self._stops[chosen]}
 
     def everything(self) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
+from datamodules.epoch_sampler import EpochLoader
 from datamodules.price_panel import Panel, aligned_index, delistings, membership, sector_places
 from datamodules.price_rules import (
     Gaps,
@@ -50,6 +51,9 @@ class StockPricesDataModule(LightningDataModule):
       ``train_stop``. Test and prediction: one batch, the panel, which goes on after the test to the last day there
       is. Keys of a panel: see :class:`datamodules.price_panel.Panel`.
 
+    Of several processes each trains on windows of its own, of which the last batch may hold none; batches of a panel
+    are the same in all.
+
     The train window is every session from ``train_start`` to before ``test_start``, less the last ``purge_days``; the
     test is every session from ``test_start`` to ``test_end``, both included.
 
@@ -86,6 +90,7 @@ class StockPricesDataModule(LightningDataModule):
             share it, with a flag.
         batch_size: Windows in a train batch, at least 1.
         num_workers: Worker processes of the train loader.
+        seed: Of the order of epochs.
 
     Raises:
         ValueError: If an argument is outside its range; on first use, if the files cannot serve (in one line with
@@ -119,6 +124,7 @@ class StockPricesDataModule(LightningDataModule):
         validation_windows: int = 1,
         batch_size: int = 16,
         num_workers: int = 0,
+        seed: int = 42,
     ) -> None:
         if gaps not in ("causal", "published"):
             raise ValueError(f"gaps must be one of 'causal', 'published', got {gaps!r}")
@@ -159,6 +165,7 @@ class StockPricesDataModule(LightningDataModule):
         self._validation_windows = validation_windows
         self._batch_size = batch_size
         self._num_workers = num_workers
+        self._seed = seed
         self._panel: Panel | None = None
         self._windows: tuple[ReturnWindows, ReturnWindows] | None = None
 
@@ -167,16 +174,17 @@ class StockPricesDataModule(LightningDataModule):
         self._both_windows()
 
     def train_dataloader(self) -> DataLoader:
-        """Windows in an order drawn anew each epoch."""
+        """Windows in an order that is a function of (seed, epoch) alone."""
         train, _ = self._both_windows()
-        return DataLoader(
+        replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        return EpochLoader(
             train,
-            batch_size=self._batch_size,
-            shuffle=True,
-            collate_fn=_as_it_is,
+            rows=self._batch_size,
+            shuffled=True,
+            seed=self._seed,
+            num_replicas=replicas,
+            rank=rank,
             num_workers=self._num_workers,
-            persistent_workers=self._num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -376,7 +384,15 @@ def _table(argument: str, path: str) -> Path:
 
 
 def _single(batch: Batch) -> DataLoader:
-    return DataLoader([batch], batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+    """Every process gets the batch: Lightning leaves a sampler of this kind in place."""
+    everybody: DistributedSampler[Batch] = DistributedSampler([batch], num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
+    return DataLoader(
+        [batch],  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=everybody,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),
+    )
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.epoch_sampler import EpochSampler
+from datamodules.epoch_sampler import EpochLoader, numbers_of
 from datamodules.series_preparation import (
     common_classes,
     cut,
@@ -320,16 +320,14 @@ class TimeSeriesDataModule(LightningDataModule):
     def _loader(self, split: Split, batch_size: int, *, shuffle: bool = False) -> DataLoader:
         series = _SeriesSplit(self._set().batches[split])
         replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        return DataLoader(
+        return EpochLoader(
             series,
-            batch_size=batch_size,
-            sampler=EpochSampler(series, shuffle=shuffle, seed=self.seed, num_replicas=replicas, rank=rank),
-            collate_fn=_as_it_is,
+            rows=batch_size,
+            shuffled=shuffle,
+            seed=self.seed,
+            num_replicas=replicas,
+            rank=rank,
             num_workers=self._num_workers,
-            persistent_workers=self._num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: a loader draws a seed for its workers, which must not move the model's stream.
-            generator=torch.Generator(),
         )
 
 
@@ -346,7 +344,10 @@ class _Prepared:
 
 
 class _SeriesSplit(Dataset):
-    """A split; number ``epoch * n + i``, as :class:`EpochSampler` yields it, is series i."""
+    """A split; number ``epoch * n + i``, as :class:`EpochSampler` yields it, is series i.
+
+    -1 only fills the batch of a replica: a copy of series 0 with label -100 and index -1.
+    """
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -354,12 +355,15 @@ class _SeriesSplit(Dataset):
     def __len__(self) -> int:
         return len(self._batch["labels"])
 
-    def __getitem__(self, number: int) -> Batch:
-        return self.__getitems__([number])
+    def __getitem__(self, index: int | Sequence[int]) -> Batch:
+        return self.__getitems__(numbers_of(index))
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
-        chosen = torch.as_tensor(numbers) % len(self)
-        return {key: tensor[chosen] for key, tensor in self._batch.items()}
+        chosen = torch.as_tensor(numbers, dtype=torch.int64)  # of no numbers too
+        padding = chosen < 0
+        batch = {key: tensor[chosen.clamp(min=0) % len(self)] for key, tensor in self._batch.items()}
+        batch["labels"][padding], batch["index"][padding] = -100, -1
+        return batch
 
 
 def _digest(class_names: tuple[str, ...], *arrays: NDArray[Any]) -> str:
@@ -374,8 +378,3 @@ def _of(table: dict[Split, _T], split: Split) -> _T:
     if split not in table:
         raise ValueError(f"split must be one of 'train', 'validation', 'test', got {split!r}")
     return table[split]
-
-
-def _as_it_is(batch: Any) -> Any:
-    """Batches come whole; there is nothing to collate."""
-    return batch

@@ -13,19 +13,26 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
+from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.callbacks import EpochLines, LastCheckpoint, RandomState
+from lightning_modules.callbacks import EpochLines, LastCheckpoint, NaNGuard, RandomState, WandbRun
+from lightning_modules.callbacks.wandb_run import is_swept
+from lightning_modules.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.config_files import check_config_files
 from lightning_modules.many_devices import REPLICATED, wants_many
 from lightning_modules.run_folder import (
     BEST,
     LAST,
     RunLogger,
     SaveRunConfig,
-    drop_unfinished_epochs,
+    drop_rows_after,
     newest_run,
+    newest_unfinished_run,
     read_fit_facts,
+    remove_drafts,
 )
 
 # Facts that the data knows and the model needs. A model that has no such argument ignores the link.
@@ -45,6 +52,7 @@ EXTRAS = {
     "sktime": "timeseries",
     "tslearn": "timeseries",
     "lightgbm": "events",
+    "optuna": "search",
 }
 _IRRELEVANT = (
     # batches are assembled whole in well under a millisecond: worker processes would only cost copies
@@ -125,34 +133,53 @@ class SeqlitCLI(LightningCLI):
         if config.data is None:
             raise ValueError("data: no data module given, name one by data.class_path")
         trainer = config.trainer
+        if trainer.accumulate_grad_batches < 1:  # which Lightning would divide by
+            raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {trainer.accumulate_grad_batches}")
         if trainer.strategy == "ddp" or (
             trainer.strategy == "auto" and wants_many(trainer.devices, trainer.num_nodes, trainer.accelerator)
         ):
             trainer.strategy = REPLICATED
-        if trainer.enable_checkpointing is not False and (self.subcommand != "fit" or _is_run_logger(trainer.logger)):
+        is_run = self.subcommand != "fit" or _run_logger(trainer.logger)
+        if trainer.enable_checkpointing is not False and is_run and not _names(trainer.callbacks, LastCheckpoint):
             self.trainer_defaults["callbacks"].append(LastCheckpoint())
+        if self.subcommand == "fit" and is_swept() and not _names(trainer.callbacks, WandbRun):
+            self.trainer_defaults["callbacks"].append(WandbRun())  # or its agent would never see the metric
         self._choose_run(config)
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """As Lightning's, with checkpoints that are whole or not there, unless the config has its own writer."""
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        try:
+            return super().instantiate_trainer(plugins=plugins, **kwargs)
+        except TypeError as error:  # how Lightning says that a number of devices cannot be
+            raise ValueError(f"trainer: {error}") from error
+
     def _choose_run(self, config: Any) -> None:
-        logger = config.trainer.logger
-        if not _is_run_logger(logger):
+        logger = _run_logger(config.trainer.logger)
+        if logger is None:
             return
         asked = config.ckpt_path
+        root = Path(logger.init_args.save_dir) / logger.init_args.name
 
-        def newest(checkpoint: str) -> Path:
-            resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
-            return newest_run(Path(logger.init_args.save_dir) / logger.init_args.name, resolved, checkpoint)
+        def resolved() -> Any:
+            return yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
 
         if self.subcommand == "fit":
             if asked == "last":
-                run = newest(LAST)
+                run = newest_unfinished_run(root, resolved(), _limits(config.trainer))
                 logger.init_args.version = run.name
                 config.ckpt_path = str(run / "checkpoints" / LAST)
-                drop_unfinished_epochs(run, int(_read_checkpoint(config.ckpt_path)["epoch"]))
+                last = _read_checkpoint(config.ckpt_path)
+                if _rank() == 0:
+                    remove_drafts(run)
+                    drop_rows_after(run, last)
             return
         if asked in (None, "best", "last"):
             checkpoint = LAST if asked == "last" else BEST
-            run = newest(checkpoint)
+            run = newest_run(root, resolved(), checkpoint)
             config.ckpt_path = str(run / "checkpoints" / checkpoint)
             facts = read_fit_facts(run)
             which = f"a run of {facts['epochs']} epochs" if facts else "an unfinished run"
@@ -180,8 +207,25 @@ def _read_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def _is_run_logger(logger: Any) -> bool:
-    return getattr(logger, "class_path", None) == f"{RunLogger.__module__}.{RunLogger.__qualname__}"
+def _limits(trainer: Any) -> dict[str, int]:
+    """What a trainer of these arguments is asked for, -1 for no limit; Lightning's default is 1,000 epochs."""
+    max_steps = trainer.max_steps
+    if trainer.max_epochs is not None:
+        return {"max_epochs": trainer.max_epochs, "max_steps": max_steps}
+    return {"max_epochs": 1000 if max_steps == -1 and trainer.max_time is None else -1, "max_steps": max_steps}
+
+
+def _names(callbacks: Any, kind: type) -> bool:
+    """Whether a config's callbacks name this class."""
+    several = callbacks if isinstance(callbacks, list) else [callbacks]
+    return any(str(getattr(one, "class_path", "")).rsplit(".", 1)[-1] == kind.__name__ for one in several)
+
+
+def _run_logger(logger: Any) -> Any:
+    """The settings of the RunLogger, alone or among other loggers; None where there is none."""
+    name = f"{RunLogger.__module__}.{RunLogger.__qualname__}"
+    given = logger if isinstance(logger, list) else [logger]
+    return next((one for one in given if getattr(one, "class_path", None) == name), None)
 
 
 def _one_line(message: str) -> str:
@@ -189,12 +233,13 @@ def _one_line(message: str) -> str:
     noise = re.compile(r"(Subtypes:|Errors:|Expected a <class 'NoneType'>|Does not validate|Given value|tip:|$)")
     kept, in_noise = [], False
     for line in str(message).splitlines():
-        words = line.strip(" -")
+        words = re.sub(r"^(- )+", "", line.strip())
         # A value that was given may be a whole config over many lines; the reason stands before it.
         in_noise = bool(noise.match(words)) or (in_noise and not line.lstrip().startswith("- "))
         if not in_noise:
             kept.append(words)
-    return re.sub(r"\s+", " ", "; ".join(kept)).replace(":;", ":").strip()
+    line = re.sub(r"\s+", " ", "; ".join(kept)).replace(":;", ":").strip()
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in line)  # a file may hold signs that steer terminals
 
 
 def _rank() -> int:
@@ -234,11 +279,16 @@ def main() -> None:
     for message in _IRRELEVANT:
         warnings.filterwarnings("ignore", message=message)
     try:
+        check_config_files(sys.argv[1:])
         if sys.argv[1:2] == ["audit"]:
             from lightning_modules.audit_command import audit_main  # which builds on this module
 
             sys.exit(audit_main(sys.argv[2:]))
-        SeqlitCLI(**CLI_OPTIONS, trainer_defaults={"callbacks": [RandomState(), EpochLines()]})
+        if sys.argv[1:2] == ["search"]:
+            from lightning_modules.search_command import search_main
+
+            sys.exit(search_main(sys.argv[2:]))
+        SeqlitCLI(**CLI_OPTIONS, trainer_defaults={"callbacks": [RandomState(), NaNGuard(), EpochLines()]})
     except (ValueError, OSError, ImportError, MisconfigurationException, RuntimeError) as error:
         foreign = isinstance(error, RuntimeError) and not str(error).startswith(_USERS_RUNTIME_ERRORS)
         if foreign or os.environ.get(TRACEBACK_VARIABLE):

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_modules.attacks.campaign import (
@@ -26,8 +27,12 @@ from lightning_modules.attacks.class_losses import cross_entropy, decisions
 from lightning_modules.attacks.discriminators import AdversarialBank, AttackPlan, DiscriminatorPlan, detection_loss
 from lightning_modules.attacks.frozen_networks import call, confidence, logits_of, takes_mask
 from lightning_modules.attacks.judges import FittedJudge, Judge, NetworkJudge, check_disjoint
+from lightning_modules.attacks.series_batches import whole_split, without_padding
 from lightning_modules.attacks.study import AdversarialSeries, AttackStudy, Role, SeenLevel
 from lightning_modules.attacks.victims import check_logits, load_victim
+from lightning_modules.collectives import from_first, gather_objects, gather_rows, rank, share
+from lightning_modules.many_devices import require_replicas
+from lightning_modules.metrics import EpochMean
 from lightning_modules.metrics.attack_functional import detector_auc
 from lightning_modules.networks import NetworkFactory, ResCNN
 
@@ -60,10 +65,16 @@ class ConcealedAttacker(LightningModule):
     on validation series: mean AUC of at least 0.8.
 
     A checkpoint of an unfinished fit holds the state of random numbers and all adversarial series so far (one array as
-    large as the split for each level and attack), so that a fit resumed after any epoch equals an unbroken one.
+    large as the split for each level and attack), so that a fit resumed after any step equals an unbroken one.
+
+    Of several processes each takes its part of a batch, and gradients are those of the joined batch; adversarial series
+    are made by the process that needs them first, and given to all. Attacks are chosen, and judges fitted, by the first
+    for all. Batch normalisation (:class:`~lightning_modules.networks.ResCNN`) has the statistics of each process' part,
+    unless the trainer's ``sync_batchnorm``, which needs GPUs, is on.
 
     Logged: ``train/loss``, ``val/loss`` of what is being trained; ``val/accuracy`` of the classifier;
-    ``val/<discriminator>/auc`` against the series of its present level; ``val/<attack>/success`` in the last epoch.
+    ``val/<discriminator>/auc`` of all validation series against those of its present level; ``val/<attack>/success`` in
+    the last epoch.
 
     Args:
         n_channels: C of the data, linked by the CLI as the next three.
@@ -145,15 +156,17 @@ class ConcealedAttacker(LightningModule):
             nn.ModuleList(self._seeded(plan, copy) for copy in range(1 + n_folds)) for plan in self.plans
         )
         check_disjoint(self._network_judges("attacked"), self._network_judges("held_out"))
+        self.train_loss, self.val_loss, self.val_accuracy = EpochMean(), EpochMean(), EpochMean()
         self._forget()
 
     def _forget(self) -> None:
         self._banks: dict[str, AdversarialBank] = {}
         self._clean: dict[str, dict[str, Tensor]] = {}
         self._snapshots: dict[str, list[nn.Module]] = {}
-        self._validation: list[dict[str, Any]] = []
+        self._validated: list[Tensor] = []
+        self._scores: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._best_classifier: tuple[float, dict[str, Tensor]] | None = None
-        self._random: dict[str, Tensor] | None = None
+        self._random: list[dict[str, Tensor]] | None = None
         # What the end of a fit finds: tensors, numbers, strings.
         self.found: dict[str, Any] | None = None
 
@@ -202,6 +215,7 @@ class ConcealedAttacker(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Forget an earlier fit; a checkpoint to resume from is read after this."""
+        require_replicas(self.trainer)
         if stage == "fit":
             self._forget()
 
@@ -209,15 +223,12 @@ class ConcealedAttacker(LightningModule):
         """See that the trainer fits the plans.
 
         Raises:
-            ValueError: If epochs or validation do not suit, or there are several processes.
+            ValueError: If epochs or validation do not suit.
         """
-        if self.trainer.world_size > 1:
-            raise ValueError(f"ConcealedAttacker is fitted by one process, got {self.trainer.world_size}")
-        if self.trainer.check_val_every_n_epoch != 1:
-            raise ValueError(
-                f"check_val_every_n_epoch must be 1, attacks are chosen in the last epoch, got "
-                f"{self.trainer.check_val_every_n_epoch}"
-            )
+        for name, wanted in (("check_val_every_n_epoch", 1), ("val_check_interval", 1.0)):
+            found = getattr(self.trainer, name)
+            if type(found) is not type(wanted) or found != wanted:
+                raise ValueError(f"{name} must be {wanted}, attacks are chosen after the last epoch, got {found}")
         wanted = self.classifier_epochs + self.discriminator_epochs
         if self.trainer.max_epochs != wanted:
             raise ValueError(
@@ -226,7 +237,7 @@ class ConcealedAttacker(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """See that there are series to choose attacks by.
+        """See that there are series to choose attacks by; take up what a resumed fit goes on with.
 
         Raises:
             ValueError: If there are none.
@@ -235,13 +246,22 @@ class ConcealedAttacker(LightningModule):
             raise ValueError(
                 "attacks are chosen on validation series, there are none (data.init_args.validation_fraction)"
             )
+        for networks in self._snapshots.values():
+            for network in networks:
+                network.to(self.device)
+        # on_train_epoch_start is not called where a fit resumes amid an epoch.
+        if self._discriminator_epoch >= 0:
+            self.classifier.eval()
+        if self._random is not None:
+            # Not before: what a resumed fit draws until here, an unbroken one does not. Another number of processes
+            # than wrote the checkpoint has no stream to go on with in some of them.
+            if rank() < len(self._random):
+                _set_random_state(self._random[rank()], self.device)
+            self._random = None
 
     def on_train_epoch_start(self) -> None:
         """Freeze the classifier, statistics too, once discriminators train; remember them where a round begins."""
-        if self._random is not None:
-            # Not before: what a resumed fit draws until here, an unbroken one does not.
-            _set_random_state(self._random, self.device)
-            self._random = None
+        self.train_loss.reset()
         epoch = self._discriminator_epoch
         if epoch < 0:
             return
@@ -258,20 +278,18 @@ class ConcealedAttacker(LightningModule):
     def _discriminator_epoch(self) -> int:
         return self.current_epoch - self.classifier_epochs
 
-    def _remember(self, split: str, batch: dict[str, Tensor]) -> None:
-        """Keep the clean series of a split by row: levels, judges and calibration come back to them."""
-        loader = self.trainer.train_dataloader if split == "train" else self.trainer.val_dataloaders
-        n_series = len(loader.dataset)  # type: ignore[union-attr]
-        kept = self._clean.setdefault(split, {})
-        for key in ("series", "mask", "labels"):
-            if key not in kept:
-                kept[key] = torch.zeros(n_series, *batch[key].shape[1:], dtype=batch[key].dtype)
-            kept[key][batch["index"].cpu()] = batch[key].cpu()
+    def _series(self, split: str) -> dict[str, Tensor]:
+        """The clean series of a split by row, all of them: levels, judges and calibration come back to them."""
+        if split not in self._clean:
+            loader: Any = self.trainer.train_dataloader if split == "train" else self.trainer.val_dataloaders
+            # In the floats that batches come in.
+            self._clean[split] = self.trainer.precision_plugin.convert_input(whole_split(loader))
+        return self._clean[split]
 
     def _bank(self, split: str, number: int, n_series: int | None = None) -> AdversarialBank:
         key = f"{split}/{number}"
         if key not in self._banks:
-            n_series = len(self._clean[split]["labels"]) if n_series is None else n_series
+            n_series = len(self._series(split)["labels"]) if n_series is None else n_series
             self._banks[key] = AdversarialBank(
                 n_series, lambda level, attack, rows: self._made(split, number, level, attack, rows)
             )
@@ -279,7 +297,7 @@ class ConcealedAttacker(LightningModule):
 
     def _made(self, split: str, number: int, level: int, attack: int, rows: Tensor) -> Tensor:
         """Adversarial series of an attack of a level of a plan."""
-        plan, clean = self.plans[number], self._clean[split]
+        plan, clean = self.plans[number], self._series(split)
         stage = plan.levels[level].attacks[attack]
         result = stage.attack(
             self.classifier,
@@ -296,80 +314,103 @@ class ConcealedAttacker(LightningModule):
         return result.x_adv
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """A step of the classifier, or of every discriminator and its copies."""
+        """A step of the classifier, or of every discriminator and its copies; the same ones in every process."""
         optimizers: Any = self.optimizers(use_pl_optimizer=True)
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        self._remember("train", batch)
+        batch = without_padding(batch)
+        n_series = len(batch["labels"])
+        losses = []
         if self._discriminator_epoch < 0:
-            loss = cross_entropy(self(batch["series"], batch["mask"]), batch["labels"]).mean()
-            self._step(optimizers[0], loss)
+            if n_series:
+                losses.append(cross_entropy(self(batch["series"], batch["mask"]), batch["labels"]).mean())
+            self._step(optimizers[0], self.classifier, losses[0] if losses else None, n_series, batch)
         else:
             first = 1 if self.classifier_epochs else 0  # a victim has no optimiser
-            losses = []
             for number, plan in enumerate(self.plans):
                 if self._discriminator_epoch >= plan.n_epochs:
                     continue
-                level = plan.level_at(self._discriminator_epoch)
-                n_attacks = [len(one.attacks) for one in plan.levels]
-                adversarial = self._bank("train", number).sample(level, batch["index"], plan.replay, n_attacks)
+                adversarial = self._adversarial(number, batch)
                 for copy, network in enumerate(self._copies(number)):
                     kept = batch["labels"] >= 0 if copy == 0 else self._folds(batch["index"]) != copy - 1
-                    if not bool(kept.any()):
-                        continue
-                    both = torch.cat([batch["series"][kept], adversarial[kept]])
-                    mask = batch["mask"][kept].repeat(2, 1)
-                    loss = detection_loss(*call(network, both, mask).chunk(2))
-                    self._step(optimizers[first + number * (1 + self.n_folds) + copy], loss)
-                    if copy == 0:
-                        losses.append(loss.detach())
-            loss = torch.stack(losses).mean()
-        self.log(
-            "train/loss",
-            loss,
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(batch["labels"]),
-            sync_dist=True,
-        )
+                    loss = None
+                    if bool(kept.any()):
+                        both = torch.cat([batch["series"][kept], adversarial[kept]])
+                        loss = detection_loss(*call(network, both, batch["mask"][kept].repeat(2, 1)).chunk(2))
+                        if copy == 0:
+                            losses.append(loss.detach())
+                    optimizer = optimizers[first + number * (1 + self.n_folds) + copy]
+                    self._step(optimizer, network, loss, int(kept.sum()), batch)
+        self.train_loss.update(torch.stack(losses).mean() if losses else 0.0, n_series)
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=n_series)
 
-    def _step(self, optimizer: Any, loss: Tensor) -> None:
+    def _adversarial(self, number: int, batch: dict[str, Tensor]) -> Tensor:
+        """Training series of a batch as a discriminator is to see them now."""
+        plan, bank = self.plans[number], self._bank("train", number)
+        adversarial = batch["series"]  # of an empty batch there are none to make
+        if len(adversarial):
+            n_attacks = [len(one.attacks) for one in plan.levels]
+            level = plan.level_at(self._discriminator_epoch)
+            adversarial = bank.sample(level, batch["index"], plan.replay, n_attacks)
+        bank.exchange(self.device)
+        return adversarial
+
+    def _step(
+        self, optimizer: Any, network: nn.Module, loss: Tensor | None, n_series: int, batch: dict[str, Tensor]
+    ) -> None:
+        """Step by the mean over the series of all processes; ``loss`` is that of ``n_series`` here, None of 0."""
+        factor = share(n_series, device=self.device)
         optimizer.zero_grad()
-        self.manual_backward(loss)
+        if loss is None and any(isinstance(layer, nn.SyncBatchNorm) for layer in network.modules()):
+            # The others' norms wait for what this process adds to their statistics, which is nothing.
+            loss = call(network, batch["series"][:0], batch["mask"][:0]).sum()
+        if loss is not None:
+            self.manual_backward(loss * factor)
         optimizer.step()
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
-        self._validation = []
+        self._validated, self._scores = [], {}
+        self.val_loss.reset()
+        self.val_accuracy.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Loss and accuracy of the classifier, or how well each discriminator sees its level; at last, the grids."""
+        """Loss and accuracy of the classifier, or how well each discriminator sees its level."""
         if self.trainer.sanity_checking:
             return
         labels, n_series = batch["labels"], len(batch["labels"])
-        self._remember("validation", batch)
+        self._validated.append(batch["index"])
         if self._discriminator_epoch < 0:
-            logits = self(batch["series"], batch["mask"])
-            self.log("val/loss", cross_entropy(logits, labels).mean(), batch_size=n_series, sync_dist=True)
-            accuracy = (decisions(logits) == labels).float().mean()
-            self.log("val/accuracy", accuracy, batch_size=n_series, sync_dist=True)
-            return
-        losses = []
-        for number, plan in enumerate(self.plans):
-            level = plan.level_at(self._discriminator_epoch)
-            network, bank = self._copies(number)[0], self._bank("validation", number)
+            loss = accuracy = torch.zeros(())
+            if n_series:
+                logits = self(batch["series"], batch["mask"])
+                loss = cross_entropy(logits, labels).mean()
+                accuracy = (decisions(logits) == labels).float().mean()
+            self.val_accuracy.update(accuracy, n_series)
+            self._log_mean("val/accuracy", self.val_accuracy, n_series)
+        else:
+            losses = [self._detected(number, batch) for number in range(len(self.plans))]
+            loss = torch.stack(losses).mean()
+        self.val_loss.update(loss, n_series)
+        self._log_mean("val/loss", self.val_loss, n_series)
+
+    def _log_mean(self, key: str, mean: EpochMean, n_series: int) -> None:
+        self.log(key, mean, on_step=False, on_epoch=True, batch_size=n_series)
+
+    def _detected(self, number: int, batch: dict[str, Tensor]) -> Tensor:
+        """Loss of a discriminator on validation series and on those of its present level; keeps the logits of both."""
+        plan, bank = self.plans[number], self._bank("validation", number)
+        level = plan.level_at(self._discriminator_epoch)
+        loss, scores = torch.zeros((), device=self.device), (torch.zeros(0, device=self.device),) * 2
+        if len(batch["labels"]):
+            network, attacks = self._copies(number)[0], range(len(plan.levels[level].attacks))
             seen = call(network, batch["series"], batch["mask"])
             hidden = torch.cat(
-                [
-                    call(network, bank.get(level, batch["index"], attack), batch["mask"])
-                    for attack in range(len(plan.levels[level].attacks))
-                ]
+                [call(network, bank.get(level, batch["index"], attack), batch["mask"]) for attack in attacks]
             )
-            losses.append(detection_loss(seen, hidden))
-            self.log(f"val/{plan.name}/auc", detector_auc(seen[:, 0], hidden[:, 0]), batch_size=n_series)
-        self.log("val/loss", torch.stack(losses).mean(), batch_size=n_series, sync_dist=True)
-        if self._is_last_epoch:
-            self._validation.append({key: batch[key] for key in ("series", "mask", "labels", "index")})
+            loss, scores = detection_loss(seen, hidden), (seen[:, 0], hidden[:, 0])
+        bank.exchange(self.device)
+        self._scores.setdefault(plan.name, []).append(scores)
+        return loss
 
     @property
     def _is_last_epoch(self) -> bool:
@@ -377,13 +418,26 @@ class ConcealedAttacker(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Keep the best classifier; in the last epoch choose the attacks, fit the judges, calibrate."""
-        if self._discriminator_epoch < 0 and "val/loss" in self.trainer.callback_metrics:
-            loss = float(self.trainer.callback_metrics["val/loss"])
+        if not self._validated:
+            return
+        if self._discriminator_epoch < 0:
+            loss = float(self.val_loss.compute())
             if self._best_classifier is None or loss < self._best_classifier[0]:
                 self._best_classifier = (loss, deepcopy(self.classifier.state_dict()))
-        if not self._validation:
             return
-        clean = {key: torch.cat([part[key] for part in self._validation]) for key in self._validation[0]}
+        for name, scores in self._scores.items():
+            seen, hidden = (gather_rows(torch.cat(parts).double())[0] for parts in zip(*scores, strict=True))
+            # The same in every process already; sync_dist only says so to Lightning.
+            self.log(f"val/{name}/auc", detector_auc(seen, hidden), sync_dist=True)
+        if self._is_last_epoch and self.trainer.state.fn == TrainerFn.FITTING:
+            rows = gather_rows(torch.cat(self._validated))[0].cpu().sort().values
+            clean = {key: value[rows].to(self.device) for key, value in self._series("validation").items()}
+            self.found = from_first(lambda: self._choices(clean))
+            for name, choice in self.found["chosen"].items():
+                self.log(f"val/{name}/success", choice["success"], sync_dist=True)
+
+    def _choices(self, clean: dict[str, Tensor]) -> dict[str, Any]:
+        """Attacks, judges and calibration, by validation series."""
         attacked = self._network_judges("attacked")
         chosen = {
             plan.name: choose(
@@ -397,13 +451,11 @@ class ConcealedAttacker(LightningModule):
             )
             for plan in self.attacks
         }
-        for name, choice in chosen.items():
-            self.log(f"val/{name}/success", choice["success"])
-        train = {key: value.to(self.device) for key, value in self._clean["train"].items()}
+        train = {key: value.to(self.device) for key, value in self._series("train").items()}
         panel = self._fresh_panel()
         fit_panel(panel, train["series"], train["mask"])
         logits = logits_of(self.classifier, clean["series"], clean["mask"])
-        self.found = {
+        return {
             "chosen": chosen,
             "judges": {judge.name: judge.state() for judge in panel if isinstance(judge, FittedJudge)},
             "calibration": self._calibration(train, clean, panel),
@@ -446,7 +498,7 @@ class ConcealedAttacker(LightningModule):
     def _folds(self, rows: Tensor) -> Tensor:
         """Fold of each training series; its copy of a discriminator is number fold + 1, and never sees it."""
         # By lot, the same in every epoch: a file may be in an order of its own.
-        n_series = len(self._clean["train"]["labels"])
+        n_series = len(self._series("train")["labels"])
         shuffled = torch.randperm(n_series, generator=torch.Generator().manual_seed(0)).to(rows.device)
         return shuffled[rows] % self.n_folds
 
@@ -469,9 +521,14 @@ class ConcealedAttacker(LightningModule):
             judges.append((judge, "held_out"))
         return judges
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> AttackStudy:  # type: ignore[override]
-        """Attack a batch with every chosen attack, and have it judged; the report callback joins the batches."""
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> AttackStudy | None:  # type: ignore[override]
+        """Attack a batch with every chosen attack, and have it judged; the report callback joins the batches.
+
+        None for an empty batch, where other processes have more series.
+        """
         found = self._fitted()
+        if len(batch["labels"]) == 0:
+            return None
         return judged(
             self.attacks,
             found["chosen"],
@@ -490,19 +547,22 @@ class ConcealedAttacker(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> AdversarialSeries:
         """Adversarial series of the attack ``predict_attack``, with their course."""
         (plan,) = [plan for plan in self.attacks if plan.name == self.predict_attack]
-        choice = self._fitted()["chosen"][plan.name]
-        result = run_chosen(
-            plan, choice, self.classifier, self.attacked_networks(), batch, seed=_seed(), max_rows=self.max_rows
-        )
+        choice, attacked = self._fitted()["chosen"][plan.name], self.attacked_networks()
+        x_adv, n_iterates = batch["series"], plan.attack.n_steps + 1
+        logits = x_adv.new_zeros(n_iterates, 0, 1 if self.n_classes == 2 else self.n_classes)
+        detector_logits = x_adv.new_zeros(n_iterates, len(attacked), 0)
+        if len(batch["labels"]):  # else other processes have more series
+            result = run_chosen(plan, choice, self.classifier, attacked, batch, seed=_seed(), max_rows=self.max_rows)
+            x_adv, logits, detector_logits = result.x_adv, result.logits, result.detector_logits
         return AdversarialSeries(
             attack=plan.name,
             index=batch["index"],
             labels=batch["labels"],
             mask=batch["mask"],
             series=batch["series"],
-            x_adv=result.x_adv,
-            logits=result.logits,
-            detector_logits=result.detector_logits,
+            x_adv=x_adv,
+            logits=logits,
+            detector_logits=detector_logits,
             iteration=choice["iteration"],
         )
 
@@ -513,7 +573,7 @@ class ConcealedAttacker(LightningModule):
         checkpoint["unfinished"] = None
         if self.found is None:
             checkpoint["unfinished"] = {
-                "random": _random_state(self.device),
+                "random": gather_objects(_random_state(self.device)),  # one a process: their dropout differs
                 "best_classifier": self._best_classifier,
                 "snapshots": {
                     key: [network.state_dict() for network in networks] for key, networks in self._snapshots.items()

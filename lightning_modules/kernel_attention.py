@@ -5,8 +5,8 @@ the default and the released behaviour a flag.
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from lightning import LightningModule
@@ -14,6 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from lightning_modules.collectives import from_first, gather_rows
 from lightning_modules.context.aggregators import AggregatorFactory, KernelAttention
 from lightning_modules.context.combination import CombinationFactory, Concat
 from lightning_modules.context.enriched import Asked, ContextRules, EnrichedEncoder
@@ -24,7 +25,11 @@ from lightning_modules.context.refresh import PerEpoch, Refresh, Static
 from lightning_modules.context.study import ContextStudy
 from lightning_modules.context.visible import Context, Events
 from lightning_modules.losses import CoLES, EventObjective, ObjectiveFactory
+from lightning_modules.many_devices import require_replicas
+from lightning_modules.metrics import EpochMean
 from lightning_modules.networks import EncoderFactory, EventEncoder, RecurrentEncoder
+
+_T = TypeVar("_T")
 
 
 def _adam(params: Any) -> torch.optim.Optimizer:
@@ -49,6 +54,10 @@ class KernelAttentionAggregator(LightningModule):
     another scale there than in training; with a tuned encoder ``bank/<aggregator>/drift``, 1 - cosine of the bank's
     states and fresh ones at the end of an epoch, and ``bank/<aggregator>/age_steps``, batches since it was encoded.
 
+    Of several processes each trains on its part of a batch, and the step is that of one process with the joined batch,
+    but for norms, whose statistics in training are those of each part. Each holds all events and encodes the contexts;
+    the first validates, tests and predicts for all.
+
     Args:
         vocabulary_sizes: Of the categorical features, linked by the CLI as the next two.
         n_numeric: Number of numeric features.
@@ -65,8 +74,8 @@ class KernelAttentionAggregator(LightningModule):
         context: What counts as context.
         tune_encoder: Whether branches train copies of the encoder; a branch without context gets as many epochs.
         refresh: When the bank is encoded anew while tuning; by default every epoch, with a frozen encoder never.
-        max_context_queries: Most steps of a batch whose context is looked up, where the objective reads every step:
-            later sequences of the batch are left out.
+        max_context_queries: Most steps of a batch, and process, whose context is looked up, where the objective reads
+            every step: later sequences of the batch are left out.
         evaluation: Probes, arms and controls of the test.
         reference_mode: Context as the released code has it, see ``ContextRules.published``.
         encoder_optimizer: Called with the parameters of an encoder and its objective.
@@ -154,6 +163,8 @@ class KernelAttentionAggregator(LightningModule):
             raise ValueError("nothing is trained: encoder_weights are given and no aggregator has anything to learn")
         self._policy = refresh or (PerEpoch() if tune_encoder else Static())
         self._start_over()
+        self.train_loss = EpochMean()
+        self.bank_ages = nn.ModuleDict({name: EpochMean() for name in self.contexts.refreshes if tune_encoder})
 
     def _start_over(self) -> None:
         """Forget an earlier fit, but for its weights."""
@@ -172,23 +183,24 @@ class KernelAttentionAggregator(LightningModule):
             return self.current_epoch < self.encoder_epochs
         return not self.contexts.banks  # a validation by itself, of the phase that a checkpoint ended in
 
+    def setup(self, stage: str) -> None:
+        """See that every process holds the whole model.
+
+        Raises:
+            ValueError: Under a strategy that splits it.
+        """
+        require_replicas(self.trainer)
+
     def on_fit_start(self) -> None:
         """See that the trainer fits the plan.
 
         Raises:
-            ValueError: If epochs do not add up, or there are several processes.
+            ValueError: If epochs do not add up.
         """
-        self._require_one_process()
         wanted = self.encoder_epochs + (self.aggregator_epochs if self.learned else 0)
         if self.trainer.max_epochs != wanted:
             what = f"{self.encoder_epochs} of the encoder and {wanted - self.encoder_epochs} of the aggregators"
             raise ValueError(f"trainer.max_epochs must be {wanted}: {what}, got {self.trainer.max_epochs}")
-
-    def _require_one_process(self) -> None:
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                f"KernelAttentionAggregator needs one process (--trainer.devices 1), got {self.trainer.world_size}"
-            )
 
     def on_train_start(self) -> None:
         """Take the flat events of validation: what banks of the fit are built from.
@@ -204,15 +216,23 @@ class KernelAttentionAggregator(LightningModule):
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed, and a resumed fit draws one more of them
             seen = next(iter(self.trainer.val_dataloaders))
         self.evaluation.check_targets(seen["queries"], (0, 1))
-        if self.current_epoch == 0:
+        if self.global_step == 0:
             self._start_over()
         self.contexts.read(seen["events"], seen["context_users"], seen["train_stop"], self.device)
+        self._freeze()  # a fit that goes on amid an epoch meets no start of one
 
     def on_train_epoch_start(self) -> None:
-        """Freeze the encoder, statistics of its norms too, once aggregators train."""
-        self.model.encoder.requires_grad_(self._is_pretraining).train(self._is_pretraining)
+        """Freeze the encoder once aggregators train; begin the means of the epoch."""
+        self._freeze()
         if self.current_epoch == self.encoder_epochs:
             self.model.start_tuning()
+        means: list[Any] = [self.train_loss, *self.bank_ages.values()]
+        for mean in means:
+            mean.reset()
+
+    def _freeze(self) -> None:
+        """The encoder, statistics of its norms too, learns in its own phase alone."""
+        self.model.encoder.requires_grad_(self._is_pretraining).train(self._is_pretraining)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Encode the context anew where that is due."""
@@ -220,8 +240,10 @@ class KernelAttentionAggregator(LightningModule):
             return
         self.contexts.encode_due(self.current_epoch)
         if self.model.tune:
-            ages = {f"bank/{name}/age_steps": age for name, age in self.contexts.ages().items()}
-            self.log_dict(ages, on_step=False, on_epoch=True, batch_size=1)
+            for name, steps in self.contexts.ages().items():
+                age: Any = self.bank_ages[name]
+                age.update(steps)
+                self.log(f"bank/{name}/age_steps", age, on_step=False, on_epoch=True, batch_size=1)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """A step of the encoder, or of every branch that has something to learn."""
@@ -236,8 +258,9 @@ class KernelAttentionAggregator(LightningModule):
             self.contexts.follow(name)
             losses.append(loss.detach())
         self.contexts.steps += not self._is_pretraining
-        mean = torch.stack(losses).mean()
-        self.log("train/loss", mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch["mask"]))
+        joined, _ = gather_rows(torch.stack(losses).mean().unsqueeze(0))
+        self.train_loss.update(joined.mean(), batch["mask"].any(1).sum())  # padding rows are no rows
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
 
     @property
     def _optimised(self) -> list[str]:
@@ -283,6 +306,19 @@ class KernelAttentionAggregator(LightningModule):
         """
         if self.trainer.sanity_checking:
             return
+        losses = from_first(lambda: self._validation_losses(batch))
+        loss = losses.pop("encoder") if self._is_pretraining else torch.stack(list(losses.values())).mean()
+        # The same in all processes: what is synchronised is equal.
+        self.log("val/loss", loss, prog_bar=True, batch_size=1, sync_dist=True)
+        self.log_dict({f"val/{name}/loss": value for name, value in losses.items()}, batch_size=1, sync_dist=True)
+        if self._is_pretraining and self.trainer.state.fn == TrainerFn.FITTING:
+            for name, value in {"encoder": loss, **losses}.items():
+                if float(value) < self._best.get(name, (float("inf"), {}))[0]:
+                    weights = self._pretrained(name).state_dict()
+                    self._best[name] = float(value), {key: one.detach().clone() for key, one in weights.items()}
+
+    def _validation_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """By what is trained now; computed once, since processes that disagree in a digit might choose differently."""
         longest = [one.max_length for one in (self.model.encoder, self.wide) if one is not None and one.max_length]
         sequences = validation_sequences(
             batch,
@@ -291,15 +327,8 @@ class KernelAttentionAggregator(LightningModule):
             max_users=self.evaluation.max_validation_users,
             supervised=self.evaluation.supervised,
         )
-        losses = dict(self._losses({key: value.to(self.device) for key, value in sequences.items()}))
-        loss = losses.pop("encoder") if self._is_pretraining else torch.stack(list(losses.values())).mean()
-        self.log("val/loss", loss, prog_bar=True, batch_size=1)
-        self.log_dict({f"val/{name}/loss": value for name, value in losses.items()}, batch_size=1)
-        if self._is_pretraining and self.trainer.state.fn == TrainerFn.FITTING:
-            for name, value in {"encoder": loss, **losses}.items():
-                if float(value) < self._best.get(name, (float("inf"), {}))[0]:
-                    weights = self._pretrained(name).state_dict()
-                    self._best[name] = float(value), {key: one.detach().clone() for key, one in weights.items()}
+        losses = self._losses({key: value.to(self.device) for key, value in sequences.items()})
+        return {name: loss.cpu() for name, loss in losses}
 
     def on_train_epoch_end(self) -> None:
         """Go back to the best epoch when encoders are done, before a checkpoint is written; see how banks drifted."""
@@ -308,7 +337,7 @@ class KernelAttentionAggregator(LightningModule):
                 self._pretrained(name).load_state_dict(weights)
         if not self._is_pretraining and self.model.tune:
             drifts = {f"bank/{name}/drift": value for name, value in self.contexts.drifts().items()}
-            self.log_dict(drifts, batch_size=1)
+            self.log_dict(drifts, batch_size=1, sync_dist=True)
 
     # Test and prediction
 
@@ -361,27 +390,22 @@ class KernelAttentionAggregator(LightningModule):
         everybody = torch.arange(len(events["offsets"]) - 1)
         return Encoded(self.model, events, everybody if context_users is None else context_users)
 
-    def on_test_start(self) -> None:
-        """One process holds all queries.
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> ContextStudy | None:  # type: ignore[override]
+        """Probe every target with and without context; the report callback reads what is returned.
 
-        Raises:
-            ValueError: If there are several.
+        Returns:
+            The study; None in all processes but the first.
         """
-        self._require_one_process()
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return _by_first(lambda: evaluate(self.model, batch, self.evaluation, wide=self.wide, seed=seed))
 
-    def on_predict_start(self) -> None:
-        """As :meth:`on_test_start`."""
-        self._require_one_process()
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Embeddings | None:
+        """Embeddings at the test queries of the first target, with own state, context and who influenced it most.
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> ContextStudy:  # type: ignore[override]
-        """Probe every target with and without context; the report callback reads what is returned."""
-        return evaluate(
-            self.model, batch, self.evaluation, wide=self.wide, seed=int(os.environ.get("PL_GLOBAL_SEED", 0))
-        )
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Embeddings:
-        """Embeddings at the test queries of the first target, with own state, context and who influenced it most."""
-        return exported(self.model, batch, self.evaluation)
+        Returns:
+            Them; None in all processes but the first.
+        """
+        return _by_first(lambda: exported(self.model, batch, self.evaluation))
 
     # Checkpoints
 
@@ -413,6 +437,13 @@ class KernelAttentionAggregator(LightningModule):
                 params = [p for p in self.model.branch(name).parameters() if p.requires_grad]
                 found.append(self.aggregator_optimizer(params))
         return found
+
+
+def _by_first(compute: Callable[[], _T]) -> _T | None:
+    """What the first process computes and keeps; the others wait, and raise its error."""
+    kept: list[_T] = []
+    from_first(lambda: kept.append(compute()))
+    return kept[0] if kept else None
 
 
 def encoder_from(path: str) -> dict[str, Tensor]:

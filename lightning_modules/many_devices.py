@@ -4,17 +4,20 @@ Every process holds the whole model. Gradients are averaged when an optimiser is
 whatever the loop: several optimisers, steps by hand, modules without parameters, processes with nothing in their batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_modules.collectives import average_gradients, same_everywhere
+from lightning_modules.metrics import EpochMean
 
 REPLICATED = "replicated"
 """Name of the strategy in YAML."""
@@ -34,6 +37,15 @@ class ReplicatedStrategy(DDPStrategy):
 
     def __init__(self, *, timeout: float = 7200.0, **kwargs: Any) -> None:
         super().__init__(timeout=timedelta(seconds=timeout), **kwargs)
+
+    def setup(self, trainer: Trainer) -> None:
+        """As of ``DDPStrategy``; ``sync_batchnorm``, which torch has for GPUs alone, is passed over on CPUs."""
+        if self._layer_sync and self.root_device.type == "cpu":
+            self._layer_sync = None
+            assert self.model is not None
+            if trainer.training and any(isinstance(part, _BatchNorm) for part in self.model.modules()):
+                rank_zero_warn("sync_batchnorm needs GPUs: batch normalisation takes each process' own batches here")
+        super().setup(trainer)
 
     def configure_ddp(self) -> None:
         """Start everywhere from the weights of the first process."""
@@ -55,6 +67,29 @@ class ReplicatedStrategy(DDPStrategy):
             return result
 
         return super().optimizer_step(optimizer, averaged, model, **kwargs)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state, means of a half-done epoch summed over processes; every process builds it."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        for name in self._sums():
+            state[name] = self.reduce(state[name].clone(), reduce_op="sum")
+        return state
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take up a state; sums of a half-done epoch go on in the first process alone."""
+        super().load_model_state_dict(checkpoint, strict=strict)
+        if self.global_rank > 0:
+            for metric in self._means().values():
+                metric.reset()
+
+    def _means(self) -> dict[str, EpochMean]:
+        assert self.lightning_module is not None
+        found = self.lightning_module.named_modules()
+        return {name: metric for name, metric in found if isinstance(metric, EpochMean)}
+
+    def _sums(self) -> list[str]:
+        return [f"{name}.{state}" for name in self._means() for state in EpochMean.SUMS]
 
     def on_validation_start(self) -> None:
         """Statistics that norms gather are those of each process' own batches: take the first's."""

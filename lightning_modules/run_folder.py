@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 BEST, LAST = "best.ckpt", "last.ckpt"
+_DRAFT = re.compile(r"\..+\.\d+(\.\w+)?")
 _SPEED_ONLY = frozenset({"eval_batch_size", "num_workers", "n_workers", "cache_dir", "impl", "progress"})
 
 
@@ -28,21 +30,39 @@ _SPEED_ONLY = frozenset({"eval_batch_size", "num_workers", "n_workers", "cache_d
 def drafted(path: Path) -> Iterator[Path]:
     """A draft beside ``path`` that takes its place when the block ends well, and goes when it does not.
 
-    A reader finds the old file or the new one, never a part. The draft keeps the suffix: writers choose formats by it.
+    A reader finds the old file or the new one, never a part, also when the machine went down. The draft keeps the
+    suffix: writers choose formats by it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield draft
+        _flush(draft)  # else a rename may reach the disk before what it renames
         os.replace(draft, path)
+        _flush(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_drafts(run: Path) -> None:
+    """Remove what killed writers left in the folder of a run that nobody writes to."""
+    for path in run.rglob(".*"):
+        if _DRAFT.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, whole or not at all."""
     with drafted(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8", newline="")
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -91,21 +111,65 @@ def newest_run(root: Path, config: Mapping[str, Any], checkpoint: str) -> Path:
     for run in runs_newest_first(root):
         if not (run / "checkpoints" / checkpoint).is_file():
             continue
-        found = identity(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+        found = _identity_of(run)
         if found == wanted:
             return run
-        if not difference:
-            missing = object()
-            keys = sorted(
-                key for key in wanted.keys() | found.keys() if wanted.get(key, missing) != found.get(key, missing)
-            )
-            shown = ", ".join(f"{key} is {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys[:2])
-            more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
-            difference = f" (the newest other run, {run}, differs: {shown}{more})"
+        difference = difference or f" (the newest other run, {run}, differs: {_difference(found, wanted)})"
     raise FileNotFoundError(
         f"no run of this config with a {checkpoint} in {root}{difference}; run `seqlit fit` with this config first, "
         "or name a checkpoint with --ckpt_path"
     )
+
+
+def newest_unfinished_run(root: Path, config: Mapping[str, Any], asked: Mapping[str, int]) -> Path:
+    """The newest run of ``config`` below ``root`` that did less than is asked for and can be gone on with.
+
+    A run that stopped by itself before it had done what it was asked for (early stopping) is finished.
+
+    Args:
+        root: The method's folder of runs.
+        config: The resolved config asked for.
+        asked: ``max_epochs`` and ``max_steps``, -1 for no limit.
+
+    Returns:
+        The run's folder, which holds ``last.ckpt``.
+
+    Raises:
+        FileNotFoundError: If there is none; says what was found instead.
+    """
+    wanted = identity(config)
+    same = other = ""
+    for run in runs_newest_first(root):
+        found, facts = _identity_of(run), read_fit_facts(run)
+        if found != wanted:
+            other = other or f"the newest other run, {run}, differs: {_difference(found, wanted)}"
+        elif facts.get("finished") and (facts.get("stopped_early") or not is_less_than_asked(facts, asked)):
+            early = " and stopped early" if facts.get("stopped_early") else ""
+            same = same or f"the newest, {run}, has finished: {facts['epochs']} epochs{early}"
+        elif not (run / "checkpoints" / LAST).is_file():
+            same = same or f"the newest, {run}, was ended before its first {LAST}"
+        else:
+            return run
+    raise FileNotFoundError(
+        f"no unfinished run of this config in {root} ({same or other or 'there is no run'}); to start one, leave out "
+        "--ckpt_path last"
+    )
+
+
+def is_less_than_asked(done: Mapping[str, int], asked: Mapping[str, int]) -> bool:
+    """Whether ``epochs`` and ``steps`` done are both below ``max_epochs`` and ``max_steps``, -1 being no limit."""
+    return all(asked[f"max_{unit}"] == -1 or done.get(unit, 0) < asked[f"max_{unit}"] for unit in ("epochs", "steps"))
+
+
+def _identity_of(run: Path) -> dict[str, Any]:
+    return identity(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    missing = object()
+    keys = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key, missing) != found.get(key, missing))
+    shown = ", ".join(f"{key} is {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys[:2])
+    return shown + (f" and {len(keys) - 2} more" if len(keys) > 2 else "")
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -116,6 +180,16 @@ class _AppendingWriter(ExperimentWriter):
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 self.metrics_keys = list(next(csv.reader(file), []))
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(path, text.getvalue())
 
 
 class RunLogger(CSVLogger):
@@ -159,22 +233,39 @@ class SaveRunConfig(SaveConfigCallback):
         write_whole(path, self.parser.dump(self.config, skip_unset=False))
 
 
-def drop_unfinished_epochs(run: Path, epoch: int) -> None:
-    """Take rows past ``epoch`` out of ``metrics.csv``: what was logged after the checkpoint is logged once more."""
+def drop_rows_after(run: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Take out of ``metrics.csv`` what was logged after ``last.ckpt``: a resumed run logs it once more.
+
+    A row carries the number of optimiser steps before the one it was logged in, so that those of a checkpoint are
+    below the number of the next step. A row that was cut off goes too.
+
+    Args:
+        run: The run's folder.
+        checkpoint: As Lightning writes them.
+    """
     path = run / "metrics.csv"
     if not path.is_file():
         return
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    column = rows[0].index("epoch")
-    kept = [rows[0], *(row for row in rows[1:] if int(row[column]) <= epoch)]
-    if len(kept) < len(rows):
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(kept)
-        write_whole(path, text.getvalue())
+    loops = checkpoint["loops"]["fit_loop"]
+    batches = loops["epoch_loop.batch_progress"]["total"]
+    # Amid an epoch it is written before the trainer counts the batch.
+    next_step = loops["epoch_loop.state_dict"]["_batches_that_stepped"] + batches["processed"] - batches["completed"]
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]
+    rows = list(csv.reader(io.StringIO(whole, newline="")))
+    if not rows:
+        path.unlink()
+        return
+    header = rows[0]
+    column = header.index("step")
+    kept = [row for row in rows[1:] if len(row) == len(header) and row[column] and int(row[column]) < next_step]
+    if len(kept) < len(rows) - 1 or whole != text:
+        lines = io.StringIO(newline="")
+        csv.writer(lines).writerows([header, *kept])
+        write_whole(path, lines.getvalue())
 
 
 def read_fit_facts(folder: Path) -> dict[str, Any]:
-    """What ``fit`` wrote about itself (seconds, epochs), empty where there is nothing."""
+    """What ``fit`` wrote about itself (see ``EpochLines``), empty where there is nothing."""
     path = folder / "fit.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

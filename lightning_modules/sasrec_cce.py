@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from kernels.cce_minus import cce_minus_loss
+from lightning_modules.collectives import share
 from lightning_modules.losses import CCEMinusLoss
-from lightning_modules.metrics import MAP, MRR, NDCG, Coverage, HitRate, Precision, Recall, Surprisal
+from lightning_modules.many_devices import require_replicas
+from lightning_modules.metrics import MAP, MRR, NDCG, Coverage, EpochMean, HitRate, Precision, Recall, Surprisal
 from lightning_modules.networks import PublishedBlock, RepeatMixture, SequenceEncoder
 from lightning_modules.networks.transformer import BlockFactory
 from lightning_modules.ranking import Recommendations, top_k_items
@@ -32,8 +34,12 @@ class SASRecCCE(LightningModule):
     ``history_offsets (B + 1,)``. ``n_items``, ``max_length``, ``recommend_seen``, ``target`` and ``item_counts`` are
     facts of the data and linked by the CLI, never typed.
 
-    Logged: ``train/loss``, ``val/loss`` (against the relevant items, from the last slot), ``val/<metric>@<k>``,
-    ``test/<metric>@<k>``.
+    Logged: ``train/loss``, mean over positions of the injected loss; ``val/loss``, mean of the exact ``-log p(item)``
+    over the relevant items, from the last slot; ``val/<metric>@<k>``, ``test/<metric>@<k>``. Nothing is drawn in
+    evaluation, so its values do not depend on batches or processes.
+
+    On R devices (``replicated``, or Lightning's ``ddp``) a step is that of one process on the joined batch: the mean is
+    over the positions of all. Each process draws negatives of its own.
 
     Args:
         n_items: Catalogue size V.
@@ -48,7 +54,8 @@ class SASRecCCE(LightningModule):
         block: Factory of one block, called with D.
         repeat_mode: Whether to mix in a pointer to the user's own history, for repeat purchases, see
             :class:`lightning_modules.networks.RepeatMixture`. Without effect where own history may not be recommended.
-        loss: ``loss(hidden (..., D), table (V, D), targets (...), step=, rank=, validation=, reduction=)``.
+        loss: ``loss(hidden (..., D), table (V, D), targets (...), step=, rank=, reduction=)``; its mean is over the
+            positions that have a target, 0 with zero gradients where none has.
         optimizer: Called with the parameters.
         scheduler: Called with the optimiser; stepped every epoch, a plateau scheduler on ``monitor``.
         monitor: The logged key a plateau scheduler watches.
@@ -119,6 +126,7 @@ class SASRecCCE(LightningModule):
         # buffer, so that a resumed run goes on with the draws the unbroken run would have made.
         self.micro_step: Tensor
         self.register_buffer("micro_step", torch.zeros((), dtype=torch.int64))
+        self.train_loss, self.val_loss = EpochMean(), EpochMean()
         self.val_metrics = self._metrics("val/")
         self.test_metrics = self._metrics("test/")
 
@@ -142,39 +150,61 @@ class SASRecCCE(LightningModule):
         """States ``(B, T, D)`` of left-padded histories ``(B, T)``."""
         return self.encoder(item_ids, basket_ids)
 
-    def _rank(self, states: Tensor, batch: dict[str, Tensor], k: int) -> Recommendations:
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that split the model."""
+        require_replicas(self.trainer, plain_ddp=True)
+
+    def _log_normaliser(self, states: Tensor) -> Tensor:
+        """``(B,)``, ``log sum_j exp <h, table_j>`` of the last slot, over the whole catalogue."""
+        any_item = torch.zeros(len(states), dtype=torch.int64, device=states.device)
+        table = self.encoder.item_embeddings
+        return cce_minus_loss(states[:, -1], table, any_item, n_negatives="all", return_lse=True)[1]
+
+    def _rank(
+        self, states: Tensor, batch: dict[str, Tensor], k: int, log_normaliser: Tensor | None = None
+    ) -> Recommendations:
         table = self.encoder.item_embeddings
         if self.repeat is not None:
-            _, log_normaliser = cce_minus_loss(
-                states[:, -1], table, torch.zeros_like(batch["user_index"]), n_negatives="all", return_lse=True
-            )
+            if log_normaliser is None:
+                log_normaliser = self._log_normaliser(states)
             ranked = self.repeat.rank(states, batch["item_ids"], batch["basket_ids"], table, log_normaliser, k)
         else:
             seen = (None, None) if self.recommend_seen else (batch["history_items"], batch["history_offsets"])
             ranked = top_k_items(states[:, -1], table, k, seen_items=seen[0], seen_offsets=seen[1])
         return Recommendations(batch["user_index"], item_ids=ranked[1], scores=ranked[0])
 
-    def _catalogue_loss(self, states: Tensor, targets: Tensor, **draw: Any) -> Tensor:
-        """The injected loss: its mean, or one value a position where the repeat mode goes on with them."""
-        reduction = "mean" if self.repeat is None else "none"
-        table = self.encoder.item_embeddings
-        return self.loss(states, table, targets, rank=self.global_rank, reduction=reduction, **draw)
+    def on_train_epoch_start(self) -> None:
+        """Begin the mean of the epoch; not called where a run goes on amid one."""
+        self.train_loss.reset()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean loss over every slot that has a target."""
+        """Mean loss over every slot that has a target, times the share this process has of them."""
         item_ids, basket_ids, targets = batch["item_ids"], batch["basket_ids"], batch["targets"]
         states = self(item_ids, basket_ids)
-        loss = self._catalogue_loss(states, targets, step=self.micro_step)  # a tensor: nothing waits for the device
+        loss = self.loss(
+            states,
+            self.encoder.item_embeddings,
+            targets,
+            step=self.micro_step,  # a tensor: nothing waits for the device
+            rank=self.global_rank,
+            reduction="mean" if self.repeat is None else "none",
+        )
         if self.repeat is not None:
             loss = self.repeat.loss(loss, states, item_ids, basket_ids, targets)
         self.micro_step += 1
-        self.log(
-            "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets), sync_dist=True
-        )
-        return loss
+        n_targets = (targets >= 0).sum()
+        self.train_loss.update(loss, n_targets)
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
+        return loss * share(n_targets, device=self.device)
 
-    def _evaluate(self, states: Tensor, batch: dict[str, Tensor], metrics: MetricCollection) -> Recommendations:
-        ranked = self._rank(states, batch, self.cutoffs[-1])
+    def _evaluate(
+        self,
+        states: Tensor,
+        batch: dict[str, Tensor],
+        metrics: MetricCollection,
+        log_normaliser: Tensor | None = None,
+    ) -> Recommendations:
+        ranked = self._rank(states, batch, self.cutoffs[-1], log_normaliser)
         for metric in metrics.values():
             if isinstance(metric, Coverage | Surprisal):
                 metric.update(ranked.item_ids, batch["history_items"], batch["history_offsets"])
@@ -183,17 +213,26 @@ class SASRecCCE(LightningModule):
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(states))
         return ranked
 
+    def _relevant_loss(self, states: Tensor, batch: dict[str, Tensor], log_normaliser: Tensor) -> Tensor:
+        """Mean of ``-log p(item)`` of the relevant items from the last slot."""
+        relevant = batch["relevant"]
+        users, places = (relevant >= 0).nonzero(as_tuple=True)
+        last = states[users, -1].to(log_normaliser.dtype)
+        loss = log_normaliser[users] - (last * self.encoder.item_embeddings[relevant[users, places]]).sum(-1)
+        if self.repeat is None:
+            return loss.mean()
+        by_place = log_normaliser.new_zeros(relevant.shape)
+        by_place[users, places] = loss
+        return self.repeat.last_state_loss(by_place, states, batch["item_ids"], batch["basket_ids"], relevant)
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Rank the catalogue, and take the loss of the last state against each relevant item."""
-        item_ids, basket_ids = batch["item_ids"], batch["basket_ids"]
-        states = self(item_ids, basket_ids)
-        self._evaluate(states, batch, self.val_metrics)
-        targets = batch["relevant"].masked_fill(batch["relevant"] < 0, -100)
-        last = states[:, -1:].expand(-1, targets.shape[1], -1)
-        loss = self._catalogue_loss(last, targets, step=batch_idx, validation=True)
-        if self.repeat is not None:
-            loss = self.repeat.last_state_loss(loss, states, item_ids, basket_ids, targets)
-        self.log("val/loss", loss, batch_size=int((targets >= 0).sum()), sync_dist=True)
+        """Rank the catalogue, and take the exact loss of the last state against each relevant item."""
+        states = self(batch["item_ids"], batch["basket_ids"])
+        log_normaliser = self._log_normaliser(states)
+        self._evaluate(states, batch, self.val_metrics, log_normaliser)
+        n_relevant = (batch["relevant"] >= 0).sum()
+        self.val_loss.update(self._relevant_loss(states, batch, log_normaliser), n_relevant)
+        self.log("val/loss", self.val_loss, on_step=False, on_epoch=True, batch_size=len(states))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Recommendations:  # type: ignore[override]
         """Rank the catalogue; the report callback reads what is returned."""

@@ -6,7 +6,7 @@ Source: arXiv 2308.07944; where its protocol looks ahead, the causal one is the 
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lightning_modules.collectives import from_first, n_processes, rank, share
+from lightning_modules.many_devices import require_replicas
+from lightning_modules.metrics import EpochMean
 from lightning_modules.portfolio.backtest import Plan, Track
 from lightning_modules.portfolio.clusterers import Clusterer, Labels, Stocks, standardised
 from lightning_modules.portfolio.market import Array, Market
@@ -33,6 +36,9 @@ from lightning_modules.portfolio.walk import (
     walk,
 )
 from lightning_modules.portfolio.weighting import MeanVariance, PublishedMeanVariance, Weighting
+
+_T = TypeVar("_T")
+_SCORES = ("silhouette", "davies_bouldin", "calinski_harabasz")
 
 
 class Advice:
@@ -79,6 +85,10 @@ class TDAPortfolioClusterer(LightningModule):
 
     Logged: ``train/loss`` and ``val/loss`` of a trained network; ``val/silhouette``, ``val/davies_bouldin``,
     ``val/calinski_harabasz`` of the first clusterer.
+
+    Of several processes each trains on its windows, and the gradients are those of the mean over all windows. The loss
+    must be a mean over its windows, and take none of them where there are more processes than windows left. Stocks are
+    represented, clustered and walked by the first process; ``test_step`` and ``predict_step`` return None in others.
 
     Args:
         representation: Network from returns ``(A, T)`` to rows ``(A, D)``, see
@@ -153,6 +163,9 @@ class TDAPortfolioClusterer(LightningModule):
         # Lightning saves no checkpoint before the first step of an optimiser, and DDP refuses modules without
         # parameters: where nothing is trained, a parameter without effect is.
         self.idle = None if self.is_trained else nn.Parameter(torch.zeros(()))
+        self.train_loss = EpochMean()
+        self.val_loss = EpochMean()
+        self.val_scores = nn.ModuleDict({name: EpochMean() for name in _SCORES})
         # What the fit found: tickers and rows of the stocks of the train window, labels of the first clusterer.
         self.fitted: dict[str, Any] | None = None
 
@@ -163,42 +176,63 @@ class TDAPortfolioClusterer(LightningModule):
     def _loss(self, windows: Tensor) -> Tensor:
         return self.representation.loss(windows)  # type: ignore[operator]
 
+    def setup(self, stage: str) -> None:
+        """See that every process holds the whole model.
+
+        Raises:
+            ValueError: Under a strategy that splits it, or with several processes under another than ``replicated``.
+        """
+        require_replicas(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the losses of the last epoch."""
+        self.train_loss.reset()
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of a network that is trained; 0 for others."""
         if self.idle is not None:
             return 0 * self.idle
-        loss = self._loss(batch["windows"])
-        self.log(
-            "train/loss",
-            loss,
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(batch["windows"]),
-            sync_dist=True,
-        )
-        return loss
+        windows = batch["windows"]
+        # With no windows too: norms may need all processes.
+        loss = self._loss(windows)
+        self.train_loss.update(loss, len(windows))
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(windows))
+        if len(windows) == 0:  # whose mean is not a number
+            loss = torch.stack([0 * parameter.sum() for parameter in self.parameters()]).sum()
+        return loss * share(len(windows), device=self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the validation before: a checkpoint carries it."""
+        for mean in (self.val_loss, *self.val_scores.values()):
+            mean.reset()  # type: ignore[operator]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Represent and cluster the stocks of the train window, and score the clusters."""
         if self.trainer.sanity_checking:
             return
         if self.is_trained:
-            loss = self._loss(batch["windows"])
-            self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["windows"]), sync_dist=True)
+            windows = batch["windows"][rank() :: n_processes()]
+            self.val_loss.update(self._loss(windows) if len(windows) else 0.0, len(windows))
+            self.log("val/loss", self.val_loss, prog_bar=True, batch_size=len(windows))
+        self.fitted, scores = from_first(lambda: self._clustered(batch))
+        for name, mean in self.val_scores.items():
+            mean.update(scores[name], 1.0 if rank() == 0 else 0.0)  # type: ignore[operator]
+        self.log_dict({f"val/{name}": mean for name, mean in self.val_scores.items()}, batch_size=1)  # type: ignore[misc]
+
+    def _clustered(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+        """What the fit keeps of the stocks of the train window, and the scores of their clusters."""
         stocks = Frame.from_batch(batch, self.rules.mode).first_stocks(self.rules)
         rows = self._represent(self.representation, stocks)
         embedding = standardised(rows)
         labels = self.clusterers[0](Stocks(embedding, stocks.filled_returns(), stocks.sectors))
-        self.fitted = {
+        fitted = {
             "tickers": list(stocks.tickers),
             "first_day": str(stocks.dates[0]),
             "last_day": str(stocks.dates[-1]),
             "rows": torch.from_numpy(rows),
             "labels": torch.from_numpy(labels),
         }
-        scores = clustering_scores(embedding, labels)
-        self.log_dict({f"val/{name}": value for name, value in scores.items()}, batch_size=1)
+        return fitted, clustering_scores(embedding, labels)
 
     @torch.no_grad()
     def _represent(self, network: nn.Module, stocks: Market) -> Array:
@@ -245,8 +279,11 @@ class TDAPortfolioClusterer(LightningModule):
 
         return represent
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Study:  # type: ignore[override]
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Study | None:  # type: ignore[override]
         """Walk every arm through the test period; the report callback reads what is returned."""
+        return _kept_by_first(lambda: self._study(batch))
+
+    def _study(self, batch: dict[str, Any]) -> Study:
         frame, rules = Frame.from_batch(batch, self.rules.mode), self.rules
         represent = self._represent_by_fit(frame)
         named = names_of(self.clusterers)
@@ -289,7 +326,7 @@ class TDAPortfolioClusterer(LightningModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what seed_everything was called with
         )
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Advice:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Advice | None:
         """Walk on to the last day there is, then decide for the session after it as the strategy would.
 
         The stocks are picked anew where a refit is due, as at any rebalance. The clusters of the day are those of the
@@ -300,6 +337,9 @@ class TDAPortfolioClusterer(LightningModule):
         """
         if self.rules.mode == "published":
             raise ValueError("mode published selects stocks by returns of the test: it cannot advise, use causal")
+        return _kept_by_first(lambda: self._advice(batch))
+
+    def _advice(self, batch: dict[str, Any]) -> Advice:
         frame = Frame.from_batch(batch, self.rules.mode, to_the_end=True)
         strategy = cluster_strategy(frame, self.rules, self._represent_by_fit(frame), self.clusterers[0])
         arm = walk("model", "model", frame, self.rules, strategy)
@@ -340,6 +380,13 @@ class TDAPortfolioClusterer(LightningModule):
 def _rows(network: nn.Module, returns: Tensor, index_returns: Tensor | None) -> Tensor:
     rows: Tensor = network(returns, index_returns) if getattr(network, "uses_index", False) else network(returns)
     return rows
+
+
+def _kept_by_first(compute: Callable[[], _T]) -> _T | None:
+    """What the first process computes, there alone; the others wait for it, and for its error."""
+    kept: list[_T] = []
+    from_first(lambda: kept.append(compute()))
+    return kept[0] if kept else None
 
 
 def _untold_ends(frame: Frame, columns: Any) -> tuple[str, ...]:

@@ -20,6 +20,10 @@ from torchmetrics.classification import (
 
 from lightning_modules.attacks.class_losses import cross_entropy, decisions
 from lightning_modules.attacks.frozen_networks import takes_mask
+from lightning_modules.attacks.series_batches import without_padding
+from lightning_modules.collectives import share
+from lightning_modules.many_devices import require_replicas
+from lightning_modules.metrics import EpochMean
 from lightning_modules.networks import NetworkFactory, ResCNN
 
 _FACTS = ("n_channels", "n_classes", "n_steps")
@@ -48,6 +52,10 @@ class TimeSeriesClassifier(LightningModule):
     and linked by the CLI, never typed. The module itself is called as its network is, and may so be attacked whole.
 
         loss = mean_b -log p(label_b | series_b),  p = sigmoid (one logit, of class 1) or softmax
+
+    Of several processes each takes its part of a batch, and gradients are those of the joined batch. Batch
+    normalisation (:class:`~lightning_modules.networks.ResCNN`) has the statistics of each part, unless the trainer's
+    ``sync_batchnorm``, which needs GPUs, is on.
 
     Where ``adversary`` is set, training minimises ``adversary(module, batch)`` instead, see
     :class:`lightning_modules.callbacks.AdversarialTraining`.
@@ -97,6 +105,7 @@ class TimeSeriesClassifier(LightningModule):
         self.scheduler = scheduler
         self.monitor = monitor
         self.adversary: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
+        self.train_loss, self.val_loss, self.test_loss = EpochMean(), EpochMean(), EpochMean()
         self.val_metrics = self._metrics("val/")
         self.test_metrics = self._metrics("test/")
         self.test_auroc: Metric = BinaryAUROC() if n_classes == 2 else MulticlassAUROC(n_classes, average="macro")
@@ -127,25 +136,44 @@ class TimeSeriesClassifier(LightningModule):
             )
         return logits
 
+    def setup(self, stage: str) -> None:
+        """See that every process holds the whole network."""
+        require_replicas(self.trainer, plain_ddp=True)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the epoch's mean."""
+        self.train_loss.reset()
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy, or what the adversary makes of the batch."""
+        padded, batch = batch, without_padding(batch)
         labels = batch["labels"]
-        if self.adversary is None:
+        if len(labels) == 0:
+            # Others wait for this process, in norms of theirs too: a forward pass, and gradients of 0.
+            loss = 0.0 * self(padded["series"], padded["mask"]).sum()
+        elif self.adversary is None:
             loss = cross_entropy(self(batch["series"], batch["mask"]), labels).mean()
         else:
             loss = self.adversary(self, batch)
-        self.log(
-            "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels), sync_dist=True
-        )
-        return loss
+        self.train_loss.update(loss, len(labels))
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        return loss * share(len(labels), device=self.device)
 
     def _evaluate(self, batch: dict[str, Tensor], split: str, metrics: MetricCollection) -> ClassPredictions:
-        labels = batch["labels"]
-        logits = self(batch["series"], batch["mask"])
-        metrics.update(decisions(logits), labels)
-        self.log(f"{split}/loss", cross_entropy(logits, labels).mean(), batch_size=len(labels), sync_dist=True)
+        labels, mean_loss = batch["labels"], self.val_loss if split == "val" else self.test_loss
+        logits = self._logits(batch)
+        if len(labels):
+            metrics.update(decisions(logits), labels)
+        mean_loss.update(cross_entropy(logits, labels).mean(), len(labels))
+        self.log(f"{split}/loss", mean_loss, on_step=False, on_epoch=True, batch_size=len(labels))
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(labels))
         return ClassPredictions(batch["index"], logits)
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Of a batch that may be empty, where other processes have more."""
+        if len(batch["labels"]) == 0:
+            return batch["series"].new_zeros(0, self.n_logits)
+        return self(batch["series"], batch["mask"])
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Loss, accuracy and F1 of a batch."""
@@ -160,7 +188,7 @@ class TimeSeriesClassifier(LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> ClassPredictions:
         """Logits of a batch with the rows they belong to."""
-        return ClassPredictions(batch["index"], self(batch["series"], batch["mask"]))
+        return ClassPredictions(batch["index"], self._logits(batch))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the facts of the data beside the weights."""

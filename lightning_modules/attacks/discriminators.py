@@ -20,6 +20,7 @@ from lightning_modules.attacks.engine import Attack
 from lightning_modules.attacks.grid import grid_points
 from lightning_modules.attacks.steppers import PGDStep
 from lightning_modules.attacks.study import Role
+from lightning_modules.collectives import gather_objects, n_processes, rank
 from lightning_modules.networks import NetworkFactory
 
 
@@ -181,6 +182,9 @@ class DiscriminatorPlan:
 class AdversarialBank:
     """Adversarial series by level and attack, made when first asked for and kept.
 
+    Of several processes each makes the series that it is asked for, and has those of the others after
+    :meth:`exchange`.
+
     Args:
         n_series: n.
         make: ``(level, number of the attack in it, rows (B,)) -> (B, T, C)`` makes them.
@@ -191,21 +195,38 @@ class AdversarialBank:
         self._make = make
         self._kept: dict[tuple[int, int], Tensor] = {}
         self._known: dict[tuple[int, int], Tensor] = {}
+        self._news: list[tuple[tuple[int, int], Tensor]] = []
 
     def get(self, level: int, rows: Tensor, attack: int = 0) -> Tensor:
         """``(B, T, C)`` series of an attack of a level, on the device of the rows."""
         key = (level, attack)
-        known = self._known.setdefault(key, torch.zeros(self._n_series, dtype=torch.bool))
         numbers = rows.cpu()
-        missing = ~known[numbers]
+        missing = torch.ones_like(numbers, dtype=torch.bool) if key not in self._known else ~self._known[key][numbers]
         if missing.any():
-            made = self._make(level, attack, numbers[missing])
-            if key not in self._kept:
-                self._kept[key] = made.new_zeros(self._n_series, *made.shape[1:])
-            kept = self._kept[key]
-            kept[numbers[missing].to(kept.device)] = made.to(kept.device)
-            known[numbers[missing]] = True
+            self._keep(key, numbers[missing], self._make(level, attack, numbers[missing]))
+            self._news.append((key, numbers[missing]))
         return self._kept[key][numbers.to(self._kept[key].device)].to(rows.device)
+
+    def _keep(self, key: tuple[int, int], rows: Tensor, series: Tensor) -> None:
+        if key not in self._kept:
+            self._kept[key] = series.new_zeros(self._n_series, *series.shape[1:])
+            self._known[key] = torch.zeros(self._n_series, dtype=torch.bool)
+        self._kept[key][rows.to(self._kept[key].device)] = series.to(self._kept[key].device)
+        self._known[key][rows] = True
+
+    def exchange(self, device: torch.device | str = "cpu") -> None:
+        """Give the other processes what was made here since the last exchange, and take what they made: a collective.
+
+        Args:
+            device: Where series of a level that is new here are kept.
+        """
+        news, self._news = self._news, []
+        if n_processes() == 1:
+            return
+        sent = [(key, rows, self._kept[key][rows.to(self._kept[key].device)].cpu()) for key, rows in news]
+        for number, made in enumerate(gather_objects(sent)):
+            for key, rows, series in made if number != rank() else ():
+                self._keep(key, rows, series.to(device))
 
     def sample(self, level: int, rows: Tensor, replay: float, n_attacks: Sequence[int] | None = None) -> Tensor:
         """``(B, T, C)``: each series at ``level``, or with probability ``replay`` at any level up to it alike.

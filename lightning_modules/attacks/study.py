@@ -3,7 +3,7 @@
 n series, T steps, C channels, K' logits, N iterations, G configurations, J judges, m calibration series.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -128,14 +128,22 @@ class AttackStudy:
 
     @classmethod
     def join(cls, parts: Sequence["AttackStudy"]) -> "AttackStudy":
-        """One study of several batches of series."""
-        first = parts[0]
+        """One study of several batches of series, of one process or of many.
 
-        def rows(name: str) -> Tensor:
-            return torch.cat([getattr(part, name) for part in parts])
+        Args:
+            parts: At least one, of the same judges and attacks.
+
+        Returns:
+            All series by ``index``, whatever the parts are and their order; ``seconds`` are their sum.
+        """
+        first = parts[0]
+        order = torch.cat([part.index for part in parts]).argsort(stable=True)
+
+        def joined(tensors: Iterable[Tensor], dim: int = 0) -> Tensor:
+            return torch.cat(list(tensors), dim).index_select(dim, order)
 
         judges = tuple(
-            replace(judge, clean=torch.cat([part.judges[number].clean for part in parts]))
+            replace(judge, clean=joined(part.judges[number].clean for part in parts))
             for number, judge in enumerate(first.judges)
         )
         attacks = []
@@ -144,12 +152,12 @@ class AttackStudy:
             attacks.append(
                 replace(
                     attack,
-                    x_adv=torch.cat([one.x_adv for one in same]),
-                    logits=torch.cat([one.logits for one in same], 1),
-                    detector_logits=torch.cat([one.detector_logits for one in same], 2),
-                    scores={name: torch.cat([one.scores[name] for one in same]) for name in attack.scores},
-                    n_bad_gradients=torch.cat([one.n_bad_gradients for one in same]),
-                    n_zero_gradients=torch.cat([one.n_zero_gradients for one in same]),
+                    x_adv=joined(one.x_adv for one in same),
+                    logits=joined((one.logits for one in same), 1),
+                    detector_logits=joined((one.detector_logits for one in same), 2),
+                    scores={name: joined(one.scores[name] for one in same) for name in attack.scores},
+                    n_bad_gradients=joined(one.n_bad_gradients for one in same),
+                    n_zero_gradients=joined(one.n_zero_gradients for one in same),
                     seconds=sum(one.seconds for one in same),
                 )
             )
@@ -157,11 +165,11 @@ class AttackStudy:
             first,
             judges=judges,
             attacks=tuple(attacks),
-            series=rows("series"),
-            mask=rows("mask"),
-            labels=rows("labels"),
-            index=rows("index"),
-            clean_logits=rows("clean_logits"),
+            series=joined(part.series for part in parts),
+            mask=joined(part.mask for part in parts),
+            labels=joined(part.labels for part in parts),
+            index=joined(part.index for part in parts),
+            clean_logits=joined(part.clean_logits for part in parts),
         )
 
 

@@ -5,12 +5,14 @@ from lightning_modules.callbacks.adversarial_writer import AdversarialSeriesWrit
 from lightning_modules.callbacks.attack_report import AttackReport
 from lightning_modules.callbacks.context_report import ContextReport
 from lightning_modules.callbacks.embedding_writer import EmbeddingWriter
+from lightning_modules.callbacks.nan_guard import NaNGuard
 from lightning_modules.callbacks.portfolio_report import PortfolioReport
 from lightning_modules.callbacks.portfolio_writer import PortfolioWriter
 from lightning_modules.callbacks.predictions import RecommendationWriter
 from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.callbacks.ranking_report import RankingReport
 from lightning_modules.callbacks.run_record import EpochLines, LastCheckpoint
+from lightning_modules.callbacks.wandb_run import WandbRun
 
 __all__ = [
     "AdversarialSeriesWriter",
@@ -20,9 +22,11 @@ __all__ = [
     "EmbeddingWriter",
     "EpochLines",
     "LastCheckpoint",
+    "NaNGuard",
     "PortfolioReport",
     "PortfolioWriter",
     "RandomState",
     "RankingReport",
     "RecommendationWriter",
+    "WandbRun",
 ]

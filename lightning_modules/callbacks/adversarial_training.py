@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from lightning_modules.attacks.class_losses import cross_entropy, decisions
 from lightning_modules.attacks.engine import Attack
 from lightning_modules.attacks.frozen_networks import logits_of
+from lightning_modules.collectives import from_first
+from lightning_modules.metrics import EpochMean
 
 
 def class_divergence(clean_logits: Tensor, logits: Tensor) -> Tensor:
@@ -62,7 +64,8 @@ class AdversarialTraining(Callback):
     The attack runs against the network in evaluation mode and leaves it as it was; the loss is then taken in training
     mode, so that attacked series enter the statistics of batch normalisation, as in the published code of both. With
     ``detectors`` the attack must hide from them too, if its objective has a part for detectors. What is random in it
-    is drawn anew for each batch, from torch's default generator.
+    is a function of the series and of a seed that is drawn anew for each batch of training and once for a validation,
+    from torch's default generator; of several processes the first draws for all.
 
     Logged: ``val/robust_accuracy``, the accuracy on attacked validation series, to select the checkpoint by.
 
@@ -107,6 +110,8 @@ class AdversarialTraining(Callback):
         self.warmup_epochs = warmup_epochs
         self.detectors = tuple(detectors)
         self.validate = validate
+        self._robust_accuracy = EpochMean()
+        self._seed: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that no adversary can be given to, or that has one."""
@@ -120,18 +125,31 @@ class AdversarialTraining(Callback):
         for detector in self.detectors:
             detector.to(pl_module.device)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As :meth:`on_train_epoch_start`, which is not called where a fit resumes amid an epoch."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its adversary once the warm-up is over."""
         warm = trainer.current_epoch >= self.warmup_epochs
         pl_module.adversary = self.loss if warm else None  # type: ignore[assignment]
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Draw what is random in the attack on this batch."""
+        if pl_module.adversary is not None:
+            self._draw()
+
+    def _draw(self) -> None:
+        # One seed for all processes: what a series meets then does not depend on which of them it is in.
+        self._seed = from_first(lambda: self.attack.seed(None))
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the adversary away."""
-        pl_module.adversary = None  # type: ignore[assignment]
+        pl_module.adversary = self._seed = None  # type: ignore[assignment]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the adversary away: no teardown follows an exception."""
-        pl_module.adversary = None  # type: ignore[assignment]
+        pl_module.adversary = self._seed = None  # type: ignore[assignment]
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The robust loss of a batch, a scalar; ``network(series, mask) -> logits``."""
@@ -153,7 +171,19 @@ class AdversarialTraining(Callback):
             detectors=self.detectors,
             mask=batch["mask"],
             index=batch["index"],
+            generator=self._seed,
         ).x_adv
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last validation."""
+        self._robust_accuracy.to(pl_module.device).reset()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Draw what is random in the attack, once: the batches depend on how many processes there are."""
+        if self.validate and batch_idx == 0:
+            self._draw()
 
     def on_validation_batch_end(
         self,
@@ -167,9 +197,17 @@ class AdversarialTraining(Callback):
         """Accuracy on the attacked batch, in both modes under the attack on the class."""
         if not self.validate:
             return
+        if len(batch["labels"]) == 0:  # of several processes one may have none left
+            return
         # Validation runs in inference mode, whose tensors no gradient can pass: copies made outside of it can.
         with torch.inference_mode(False):
             attacked = self.attacked(pl_module, {key: value.clone() for key, value in batch.items()})
-        labels = batch["labels"]
-        right = decisions(pl_module(attacked, batch["mask"])) == labels
-        pl_module.log("val/robust_accuracy", right.float().mean(), batch_size=len(labels), sync_dist=True)
+        right = decisions(pl_module(attacked, batch["mask"])) == batch["labels"]
+        self._robust_accuracy.update(right.float().mean(), len(right))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the accuracy on all attacked validation series."""
+        if not self.validate:
+            return
+        # The same in every process already; sync_dist only says so to Lightning.
+        pl_module.log("val/robust_accuracy", self._robust_accuracy.compute(), sync_dist=True)

@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.attacks.class_losses import decisions
 from lightning_modules.attacks.study import AdversarialSeries
+from lightning_modules.collectives import from_first, gather_objects
 from lightning_modules.run_folder import drafted
 
 
@@ -43,19 +44,16 @@ def series_frame(found: AdversarialSeries) -> pl.DataFrame:
 
 
 class AdversarialSeriesWriter(Callback):
-    """Writes what ``predict`` gives to ``adversarial_series.parquet`` in the run folder, whole or not at all."""
+    """Writes what ``predict`` gives to ``adversarial_series.parquet`` in the run folder, whole or not at all.
+
+    Rows are in the order of ``index``; of several processes the first writes those of all.
+    """
 
     def __init__(self) -> None:
         self._frames: list[pl.DataFrame] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier prediction.
-
-        Raises:
-            ValueError: With more than one process, which would each hold a part.
-        """
-        if trainer.world_size > 1:
-            raise ValueError(f"AdversarialSeriesWriter needs one process, got {trainer.world_size}")
+        """Forget an earlier prediction."""
         self._frames = []
 
     def on_predict_batch_end(
@@ -78,10 +76,14 @@ class AdversarialSeriesWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write."""
-        if not self._frames:
-            return
-        frame = pl.concat(self._frames)
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "adversarial_series.parquet"
-        with drafted(path) as draft:
-            frame.write_parquet(draft)
-        print(f"seqlit: {len(frame)} adversarial series in {path}", flush=True)
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "adversarial_series.parquet"  # a collective
+        frames = [frame for kept in gather_objects(self._frames) for frame in kept]
+        self._frames = []
+        if frames:
+            from_first(lambda: _write(pl.concat(frames).sort("index", maintain_order=True), path))
+
+
+def _write(frame: pl.DataFrame, path: Path) -> None:
+    with drafted(path) as draft:
+        frame.write_parquet(draft)
+    print(f"seqlit: {len(frame)} adversarial series in {path}", flush=True)

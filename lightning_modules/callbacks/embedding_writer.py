@@ -7,6 +7,7 @@ import polars as pl
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_modules.collectives import from_first
 from lightning_modules.context.evaluation import Embeddings
 from lightning_modules.run_folder import drafted
 
@@ -50,21 +51,15 @@ def _lists(name: str, vectors: Tensor, users: pl.Series) -> pl.Series:
 class EmbeddingWriter(Callback):
     """Writes what ``predict`` gives to ``embeddings.parquet`` in the run folder, whole or not at all.
 
-    Columns are those of :func:`embeddings_frame`.
+    Columns are those of :func:`embeddings_frame`. Of several processes the first has all embeddings and writes.
     """
 
     def __init__(self) -> None:
-        self._frames: list[pl.DataFrame] = []
+        self._found: list[Embeddings] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier prediction.
-
-        Raises:
-            ValueError: With more than one process, which would each hold a part.
-        """
-        if trainer.world_size > 1:
-            raise ValueError(f"EmbeddingWriter needs one process (--trainer.devices 1), got {trainer.world_size}")
-        self._frames = []
+        """Forget an earlier prediction."""
+        self._found = []
 
     def on_predict_batch_end(
         self,
@@ -80,16 +75,25 @@ class EmbeddingWriter(Callback):
         Raises:
             ValueError: If the module predicts something else.
         """
+        if outputs is None and not trainer.is_global_zero:
+            return
         if not isinstance(outputs, Embeddings):
             raise ValueError(f"EmbeddingWriter needs Embeddings from predict_step, got {type(outputs).__name__}")
-        self._frames.append(embeddings_frame(outputs))
+        self._found.append(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write."""
-        if not self._frames:
+        """Write, once.
+
+        Raises:
+            ValueError: If a number of an embedding is not finite; in every process.
+        """
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "embeddings.parquet"  # a collective
+        from_first(lambda: self._write(path))
+
+    def _write(self, path: Path) -> None:
+        if not self._found:
             return
-        frame = pl.concat(self._frames)
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "embeddings.parquet"
+        frame = pl.concat([embeddings_frame(found) for found in self._found])
         with drafted(path) as draft:
             frame.write_parquet(draft)
         print(f"seqlit: {len(frame)} embeddings in {path}", flush=True)

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_modules.collectives import from_first
 from lightning_modules.run_folder import drafted
 from lightning_modules.tda_portfolio import Advice
 
@@ -72,16 +73,18 @@ class PortfolioWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write, and print the orders.
+        """Write, and print the orders: in the first process, which alone has them.
 
         Raises:
             ValueError: If the module predicts something else.
         """
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective, as the next: in every process
+        from_first(lambda: self._write(outputs, folder))
+
+    @staticmethod
+    def _write(outputs: Any, folder: Path) -> None:
         if not isinstance(outputs, Advice):
             raise ValueError(f"PortfolioWriter needs Advice from predict_step, got {type(outputs).__name__}")
-        if not trainer.is_global_zero:
-            return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         orders = orders_frame(outputs)
         with drafted(folder / "weights.parquet") as draft:
             weights_frame(outputs).write_parquet(draft)

@@ -3,23 +3,29 @@
 import json
 import os
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_modules.baselines import fit_baselines
 from lightning_modules.callbacks import report_pictures
-from lightning_modules.metrics import Coverage, Surprisal, mean_intervals, paired_intervals, per_user_metrics
+from lightning_modules.collectives import from_first, gather_objects
+from lightning_modules.metrics import mean_intervals, paired_intervals, per_user_metrics
+from lightning_modules.metrics.functional import coverage, history_user_counts, recommendation_counts, surprisal
 from lightning_modules.ranking import Recommendations
 from lightning_modules.run_folder import read_fit_facts, write_whole
 
 MODEL = "model"
+ALL = "all systems"
+HISTORY_LENGTH = "history_length"
+
+Totals = dict[tuple[str, str], Tensor]
+"""Sums over users of a system's metrics, or of what concerns :data:`ALL`: scalars, or ``(V,)`` counts of items."""
 
 
 class RankingReport(Callback):
@@ -28,6 +34,9 @@ class RankingReport(Callback):
     On the very users the model was tested on, with the same candidates: most popular items, a Markov chain from the
     last basket, item co-visitation, and, where own history may be recommended, the user's own frequent items. Each
     is compared with the model by a paired bootstrap over users.
+
+    In several processes each fits the baselines and ranks for its own users; the first writes what all have found. Of
+    a user the values under the headline metrics travel, of the rest sums over users: O(users + items) in all.
 
     Args:
         cutoff: The k of the headline table and of the intervals; one of the module's ``cutoffs``.
@@ -49,8 +58,6 @@ class RankingReport(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the baselines on the training histories."""
-        if trainer.world_size > 1:
-            raise ValueError(f"RankingReport needs one process (--trainer.devices 1), got {trainer.world_size}")
         cutoffs: list[int] = pl_module.cutoffs  # type: ignore[assignment]
         if self.cutoff not in cutoffs:
             raise ValueError(f"cutoff must be one of the module's cutoffs {cutoffs}, got {self.cutoff}")
@@ -60,15 +67,9 @@ class RankingReport(Callback):
         n_items = data.n_items
         self._baselines = fit_baselines(histories, n_items, repeats_allowed=data.recommend_seen)
         self._item_counts = np.bincount(histories.items, minlength=n_items)
-        systems = [MODEL, *self._baselines]
-        self._per_user: dict[str, dict[str, list[Tensor]]] = {name: defaultdict(list) for name in systems}
-        self._spread: dict[str, dict[str, Metric]] = {
-            name: {f"{word}@{k}": kind(k, n_items) for k in cutoffs for word, kind in _SPREAD.items()}
-            for name in systems
-        }
-        self._shown = {name: np.zeros(n_items, dtype=np.int64) for name in [*systems, "bought"]}
-        self._history_lengths: list[Tensor] = []
-        self._has_relevant: list[Tensor] = []
+        self._headline = [f"{word}@{self.cutoff}" for word in _INTERVALS]
+        self._users: list[pl.DataFrame] = []
+        self._totals: Totals = {}
 
     def on_test_batch_end(
         self,
@@ -92,39 +93,55 @@ class RankingReport(Callback):
                 deepest,
                 exclude_seen=not trainer.datamodule.recommend_seen,  # type: ignore[attr-defined]
             )
+        relevant, n_items = batch["relevant"], len(self._item_counts)
+        asked = (relevant >= 0).any(1)
+        together = {
+            "users": torch.tensor(len(asked)),
+            "asked": asked.sum(),
+            "held": history_user_counts(batch["history_items"], batch["history_offsets"], n_items),
+            "bought": torch.bincount(relevant[relevant >= 0], minlength=n_items),
+        }
+        for what, count in together.items():
+            _add(self._totals, (ALL, what), count)
+        columns = {"user_index": batch["user_index"], HISTORY_LENGTH: batch["history_offsets"].diff()}
+        cutoffs: list[int] = pl_module.cutoffs  # type: ignore[assignment]
         for name, ids in ranked.items():
-            for key, values in per_user_metrics(ids, batch["relevant"], pl_module.cutoffs).items():  # type: ignore[arg-type]
-                self._per_user[name][key].append(values)
-            for metric in self._spread[name].values():
-                metric.update(ids, batch["history_items"], batch["history_offsets"])
-            self._shown[name] += _count(ids[:, : self.cutoff], len(self._item_counts))
-        self._shown["bought"] += _count(batch["relevant"], len(self._item_counts))
-        self._history_lengths.append(batch["history_offsets"].diff())
-        self._has_relevant.append((batch["relevant"] >= 0).any(1))
+            for key, values in per_user_metrics(ids, relevant, cutoffs).items():
+                _add(self._totals, (name, key), values[asked].sum())
+                if key in self._headline:
+                    columns[f"{name} {key}"] = values
+            for k in cutoffs:
+                _add(self._totals, (name, f"recommended@{k}"), recommendation_counts(ids, k, n_items))
+        self._users.append(pl.DataFrame({name: column[asked].numpy() for name, column in columns.items()}))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything."""
-        if not trainer.is_global_zero or not self._history_lengths:
-            return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        run = Path(trainer.log_dir or trainer.default_root_dir)
-        asked = torch.cat(self._has_relevant)
-        per_user = {
-            name: {key: torch.cat(parts)[asked].numpy() for key, parts in values.items()}
-            for name, values in self._per_user.items()
-        }
+        shards = gather_objects((self._users, self._totals))
+        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: on every rank
+        frames = [frame for users, _ in shards for frame in users]
+        totals: Totals = {}
+        for _, found in shards:
+            for key, value in found.items():
+                _add(totals, key, value)
+        if frames:
+            users = pl.concat(frames).sort("user_index")
+            from_first(lambda: self._write(run, trainer.datamodule, users, totals))  # type: ignore[attr-defined]
+
+    def _write(self, run: Path, data: Any, users: pl.DataFrame, totals: Totals) -> None:
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything was called with
         bootstrap: dict[str, Any] = {"n_resamples": self.n_resamples, "seed": seed, "level": self.level}
-        chosen = [f"{word}@{self.cutoff}" for word in _INTERVALS]
-        headline = {name: {key: values[key] for key in chosen} for name, values in per_user.items()}
+        headline = {
+            name: {key: users[f"{name} {key}"].to_numpy() for key in self._headline}
+            for name in (MODEL, *self._baselines)
+        }
         result: dict[str, Any] = {
-            "model": self._summary(MODEL, per_user),
-            "baselines": {name: self._summary(name, per_user) for name in self._baselines},
+            "model": _summary(MODEL, totals),
+            "baselines": {name: _summary(name, totals) for name in self._baselines},
             "paired_difference": {
                 name: paired_intervals(headline[MODEL], headline[name], **bootstrap) for name in self._baselines
             },
             "interval": {name: mean_intervals(values, **bootstrap) for name, values in headline.items()},
-            "n_users": int(asked.sum()),
+            "n_users": len(users),
             "seed": seed,
             "seconds": {"fit": read_fit_facts(run).get("seconds"), "test": time.perf_counter() - self._start},
             "data": data.report_facts(),
@@ -136,17 +153,15 @@ class RankingReport(Callback):
         report_pictures.comparison(folder / "comparison.png", result, key)
         report_pictures.by_history_length(
             folder / "history_length.png",
-            torch.cat(self._history_lengths)[asked].numpy(),
-            {name: values[key] for name, values in per_user.items()},
+            users[HISTORY_LENGTH].to_numpy(),
+            {name: values[key] for name, values in headline.items()},
             key,
         )
-        report_pictures.popularity(folder / "popularity.png", self._item_counts, self._shown, self.cutoff)
+        shown = {name: totals[name, f"recommended@{self.cutoff}"].numpy() for name in headline}
+        shown["bought"] = totals[ALL, "bought"].numpy()
+        report_pictures.popularity(folder / "popularity.png", self._item_counts, shown, self.cutoff)
         report_pictures.training(folder / "training.png", run / "metrics.csv", f"val/{key}")
         print(f"seqlit: report in {folder}", flush=True)
-
-    def _summary(self, name: str, per_user: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
-        means = {key: float(values.mean()) for key, values in per_user[name].items()}
-        return means | {key: float(metric.compute()) for key, metric in self._spread[name].items()}
 
     def _table(self, result: dict[str, Any]) -> str:
         k, percent = self.cutoff, f"{100 * self.level:g} %"
@@ -182,7 +197,6 @@ class RankingReport(Callback):
 
 
 _INTERVALS = ("ndcg", "hit_rate", "recall", "mrr")
-_SPREAD: dict[str, Any] = {"coverage": Coverage, "surprisal": Surprisal}
 _TITLES = {"ndcg": "NDCG", "hit_rate": "HitRate", "recall": "Recall", "mrr": "MRR"}
 
 
@@ -191,5 +205,24 @@ def _title(key: str) -> str:
     return f"{_TITLES.get(word, word.capitalize())}@{k}"
 
 
-def _count(ids: Tensor, n_items: int) -> np.ndarray:
-    return torch.bincount(ids[ids >= 0], minlength=n_items).numpy()
+def _add(totals: Totals, key: tuple[str, str], value: Tensor) -> None:
+    if key in totals:
+        totals[key] += value  # in place: at a million items the counts are large
+    else:
+        totals[key] = value
+
+
+def _summary(name: str, totals: Totals) -> dict[str, float]:
+    """Means over the users asked for, and how the recommendations spread over the catalogue."""
+    found = {}
+    for system, what in totals:
+        if system != name:
+            continue
+        value = totals[system, what]
+        if what.startswith("recommended@"):
+            k = what.partition("@")[2]
+            found[f"coverage@{k}"] = float(coverage(value, totals[ALL, "held"]))
+            found[f"surprisal@{k}"] = float(surprisal(value, totals[ALL, "held"], totals[ALL, "users"]))
+        else:
+            found[what] = float(value / totals[ALL, "asked"])
+    return found

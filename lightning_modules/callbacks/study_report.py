@@ -7,12 +7,15 @@ from typing import Any, ClassVar
 
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_modules.collectives import from_first, gather_objects
 from lightning_modules.portfolio.findings import plain
 from lightning_modules.run_folder import read_fit_facts
 
 
 class StudyReport(Callback, ABC):
     """Keeps the study of every test batch, and hands them on with the clock and the facts of the data.
+
+    Of several processes each keeps its own; when the test ends the first gets them all, by process, and writes.
 
     Args:
         n_resamples: Bootstrap resamples.
@@ -36,14 +39,7 @@ class StudyReport(Callback, ABC):
         self._start = 0.0
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock.
-
-        Raises:
-            ValueError: With more than one process.
-        """
-        if trainer.world_size > 1:
-            name = type(self).__name__
-            raise ValueError(f"{name} needs one process (--trainer.devices 1), got {trainer.world_size}")
+        """Start the clock."""
         self._studies, self._start = [], time.perf_counter()
 
     def on_test_batch_end(
@@ -58,20 +54,25 @@ class StudyReport(Callback, ABC):
         """Keep the study of the batch.
 
         Raises:
-            ValueError: If the module returns something else.
+            ValueError: If the module returns something else; of several processes, one with nothing may return None.
         """
+        if outputs is None and trainer.world_size > 1:
+            return
         if not isinstance(outputs, self.study_type):
             wanted = self.study_type.__name__
             raise ValueError(f"{type(self).__name__} needs {wanted} from test_step, got {type(outputs).__name__}")
         self._studies.append(outputs)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write everything into ``report/`` of the run folder."""
-        if not trainer.is_global_zero or not self._studies:
-            return
-        run = Path(trainer.log_dir or trainer.default_root_dir)
+        """Write everything into ``report/`` of the run folder, once."""
+        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective, as the next: in every process
+        studies = [study for kept in gather_objects(self._studies) for study in kept]
+        self._studies = []
+        if studies:
+            from_first(lambda: self._write(run, studies, trainer))
+
+    def _write(self, run: Path, studies: list[Any], trainer: Trainer) -> None:
         facts = getattr(getattr(trainer, "datamodule", None), "report_facts", dict)
-        studies, self._studies = self._studies, []
         seconds = {"fit": read_fit_facts(run).get("seconds")}
         self.write(run / "report", studies, {"data": plain(facts()), "seconds": seconds})
         print(f"seqlit: report in {run / 'report'}", flush=True)
@@ -83,4 +84,10 @@ class StudyReport(Callback, ABC):
 
     @abstractmethod
     def write(self, folder: Path, studies: list[Any], facts: dict[str, Any]) -> None:
-        """Sum up the studies of all batches, and write; ``facts`` are of the data and of the fit."""
+        """Sum up the studies of all batches and processes, and write; called in the first process alone.
+
+        Args:
+            folder: ``report/`` of the run.
+            studies: What ``test_step`` returned, the first process' before the second's; at least one.
+            facts: Of the data and of the fit, plain values.
+        """

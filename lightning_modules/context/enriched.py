@@ -366,7 +366,7 @@ def moments(batch: Mapping[str, Tensor]) -> Tensor:
     """``(B,) int64`` moments of sequences: of their query where there is one, else of their last event."""
     if "query_times" in batch:
         return batch["query_times"]
-    last = batch["mask"].sum(1) - 1
+    last = (batch["mask"].sum(1) - 1).clamp(min=0)  # a padding row has no event, and any moment will do
     return batch["times"].gather(1, last.unsqueeze(1)).squeeze(1)
 
 

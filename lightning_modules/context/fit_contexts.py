@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.collectives import same_everywhere
 from lightning_modules.context.as_of import sample_context_users
 from lightning_modules.context.bank import ContextBank
 from lightning_modules.context.enriched import EnrichedEncoder
@@ -27,6 +28,8 @@ DRIFT_USERS = 64
 
 class FitContexts:
     """One bank for all branches of a frozen encoder, one for each branch whose encoder is tuned.
+
+    Of several processes each encodes all events by the same weights, which takes no longer than in one.
 
     Args:
         model: Whose branches are trained.
@@ -82,6 +85,7 @@ class FitContexts:
         for name, refresh in self.refreshes.items():
             if refresh.due(self.steps, epoch):
                 source: Any = refresh.source(self._model.encoder_of(name))
+                same_everywhere(source)  # statistics of its norms are those of each process' own batches
                 states = encode_table(source, self._events, window=self._model.rules.window)
                 self.banks[name] = self._model.bank(states, self._events, self._context_users, self._stop)
                 refresh.done(self.steps, epoch)

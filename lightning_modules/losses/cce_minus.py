@@ -8,8 +8,6 @@ from kernels.cce_minus import Proposal, cce_minus_loss
 from kernels.cce_minus.arguments import Correction, Reduction, Sharing
 from kernels.cce_minus.function import Implementation
 
-_VALIDATION_SEED_FLIP = 0x5DEECE66D  # validation must not replay the draws of training at the same step
-
 
 class CCEMinusLoss(nn.Module):
     """Cross-entropy against K sampled negatives, ``log(exp(z+) + sum_k m_k exp(z_k + a_k)) - z+``.
@@ -24,9 +22,8 @@ class CCEMinusLoss(nn.Module):
         popularity_alpha: Negatives are drawn with probability proportional to count^alpha over the training
             interactions; 0 is uniform, as published.
         seed: Seed of the draws. With the step and the rank it fixes every id, so a resumed run draws the same.
-        impl: ``"auto"`` takes the Triton kernels on a GPU and chunks of PyTorch elsewhere; ``"reference"``, ``"torch"``
-        or
-            ``"triton"`` insist on one.
+        impl: ``"auto"`` takes the Triton kernels on a GPU and chunks of PyTorch elsewhere; ``"reference"``,
+            ``"torch"`` or ``"triton"`` insist on one.
 
     Raises:
         ValueError: If a size is below 1, or alpha is negative or given together with ``n_negatives="all"``.
@@ -77,7 +74,6 @@ class CCEMinusLoss(nn.Module):
         step: int | Tensor = 0,
         rank: int = 0,
         weight: Tensor | None = None,
-        validation: bool = False,
         reduction: Reduction = "mean",
     ) -> Tensor:
         """Loss over the kept positions: a 0-d float tensor, or the shape of ``targets`` for ``reduction="none"``.
@@ -89,7 +85,6 @@ class CCEMinusLoss(nn.Module):
             step: Micro-batches seen before this one; every step draws fresh ids.
             rank: Process rank; ranks draw different ids.
             weight: Weight of each position, of the shape of ``targets``.
-            validation: Draw from a stream of its own.
             reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         """
         if self.proposal is not None:
@@ -99,7 +94,7 @@ class CCEMinusLoss(nn.Module):
             item_embeddings,
             targets,
             n_negatives=self.n_negatives,
-            seed=self.seed ^ _VALIDATION_SEED_FLIP if validation else self.seed,
+            seed=self.seed,
             step=step,
             rank=rank,
             sharing=self.sharing,

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_modules.collectives import n_processes
+from lightning_modules.losses.joined_rows import JoinedRows
 from lightning_modules.losses.next_event import EventObjective
 
 
@@ -20,7 +22,7 @@ class CoLES(EventObjective):
         loss = sum_{i < j, same user} D_ij^2 + sum_i sum_{j in N_i} max(0, margin - D_ij)^2
 
     N_i are the ``n_negatives`` slices of other users nearest to slice i, all of them where there are fewer; they are
-    chosen without gradient.
+    chosen without gradient. In training slices of all processes make pairs, and every process computes the whole loss.
 
     Args:
         d: D.
@@ -64,8 +66,11 @@ class CoLES(EventObjective):
 
         A batch of one slice, or of one slice a user with ``margin`` met, has loss 0.
         """
-        z = F.normalize(representation, dim=1)
-        same = batch["users"].unsqueeze(1) == batch["users"]
+        z, users = F.normalize(representation, dim=1), batch["users"]
+        if self.training:
+            everybody = JoinedRows(users)
+            z, users = everybody.join(z), everybody.join(users)
+        same = users.unsqueeze(1) == users
         first, second = torch.triu(same, 1).nonzero(as_tuple=True)
         anchor, negative = self._hard_negatives(z.detach(), same)
         positive_cost = _squared_distances(z, first, second)
@@ -73,7 +78,11 @@ class CoLES(EventObjective):
         # The root of exactly 0 has no gradient; at the smallest number it has one, times the difference 0.
         distance = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
         costs = torch.cat([positive_cost, (self.margin - distance).clamp(min=0).square()])
-        return costs.sum() if self.reduction == "sum" else costs.sum() / max(1, len(costs))
+        loss = costs.sum() if self.reduction == "sum" else costs.sum() / max(1, len(costs))
+        if not self.training or n_processes() == 1:
+            return loss
+        # A process has the gradients of its own slices: the mean over processes is R times too small.
+        return loss.detach() + n_processes() * (loss - loss.detach())
 
     def _hard_negatives(self, z: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs of a slice and one of the slices of others nearest to it."""

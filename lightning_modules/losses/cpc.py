@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.losses.joined_rows import JoinedRows
 from lightning_modules.losses.next_event import EventObjective, has_next
 from lightning_modules.networks.event_encoders import EventEmbedding
 from lightning_modules.networks.series_network import require_at_least_one
@@ -22,7 +23,9 @@ class CPC(EventObjective):
 
     b' runs over b and over the sequences of other users that are valid at step l + k, within a group of the batch; e is
     an embedding of the event with a linear map, trained with the W_k. Steps that have no other user's event to be told
-    from do not count. Candidates are those of one step: where in a sequence an event stands tells nothing then.
+    from do not count. Candidates are those of one step: where in a sequence an event stands tells nothing then. In
+    training they come from the batches of all processes, whose rows are put in the order of one batch, row by row; each
+    process predicts from its own states.
 
     Args:
         d: D.
@@ -62,24 +65,45 @@ class CPC(EventObjective):
 
     def forward(self, representation: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Loss of representations ``(B, L, D)``; 0 where nothing can be told apart."""
-        mask, users = batch["mask"], batch["users"]
-        events = self.event(self.embedding(batch))
-        states = representation.masked_fill(~has_next(mask).unsqueeze(-1), 0.0)
+        everybody, own = self._everybody(batch)
+        events, mask, users = self.event(self.embedding(everybody)), everybody["mask"], everybody["users"]
+        states = representation.masked_fill(~has_next(batch["mask"]).unsqueeze(-1), 0.0)
+        n_steps = states.shape[1]
         costs = [states.flatten()[:0]]  # without a pair, the loss still has a gradient: 0
-        n_groups = -(-len(mask) // self.group_size)
-        for group in torch.arange(len(mask), device=mask.device).tensor_split(n_groups):
-            for ahead, predictor in enumerate(self.predictors[: mask.shape[1] - 1], start=1):
-                predicted = predictor(states[group, :-ahead])
-                costs.append(_costs(predicted, events[group, ahead:], mask[group, ahead:], users[group]))
+        n_groups = max(1, -(-len(own) // self.group_size))
+        for group in torch.arange(len(own), device=own.device).tensor_split(n_groups):
+            here = (own[group] >= 0).nonzero().squeeze(1)
+            rows = own[group][here]
+            for ahead, predictor in enumerate(self.predictors[: n_steps - 1], start=1):
+                predicted = predictor(states[rows, :-ahead])
+                candidates = group, slice(ahead, n_steps)
+                costs.append(_costs(predicted, here, events[candidates], mask[candidates], users[group]))
         found = torch.cat(costs)
-        return found.sum() / max(1, len(found))
+        return self.weighted(found.sum() / max(1, len(found)), len(found))
+
+    def _everybody(self, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Tensor]:
+        """The events to be told apart, and which own row each row of theirs is, -1 for none."""
+        if not self.training:
+            return batch, torch.arange(len(batch["mask"]), device=batch["mask"].device)
+        joined = JoinedRows(batch["users"])
+        events = joined.join_steps(batch, ("categorical", "numeric", "mask"))
+        return events | {"users": joined.join(batch["users"])}, joined.own
 
 
-def _costs(predicted: Tensor, events: Tensor, valid: Tensor, users: Tensor) -> Tensor:
-    """``(N,)`` cross-entropies of predictions and events ``(B, L', d_event)`` that are valid and have a rival."""
-    scores = torch.einsum("bld,cld->lbc", predicted, events) / math.sqrt(events.shape[-1])
-    itself = torch.eye(len(users), dtype=torch.bool, device=users.device)
-    rivals = valid.T.unsqueeze(1) & (users.unsqueeze(1) != users)  # (L', B, B)
-    counts = valid.T & rivals.any(2)
+def _costs(predicted: Tensor, here: Tensor, events: Tensor, valid: Tensor, users: Tensor) -> Tensor:
+    """``(N,)`` cross-entropies of predictions that are valid and have a rival.
+
+    Args:
+        predicted: ``(A, L', d_event)``.
+        here: ``(A,) int64`` rows of the candidates that are predicted.
+        events: ``(C, L', d_event)`` candidates.
+        valid: ``(C, L') bool``.
+        users: ``(C,) int64``.
+    """
+    scores = torch.einsum("ald,cld->lac", predicted, events) / math.sqrt(events.shape[-1])
+    itself = here.unsqueeze(1) == torch.arange(len(users), device=users.device)
+    rivals = valid.T.unsqueeze(1) & (users[here].unsqueeze(1) != users)  # (L', A, C)
+    counts = valid[here].T & rivals.any(2)
     scores = scores.masked_fill(~(rivals | itself), -torch.inf)
-    return (scores.logsumexp(2) - scores.diagonal(dim1=1, dim2=2))[counts]
+    wanted = here.expand(len(scores), -1).unsqueeze(2)
+    return (scores.logsumexp(2) - scores.gather(2, wanted).squeeze(2))[counts]

@@ -12,11 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.collectives import share
 from lightning_modules.networks.series_network import require_at_least_one
 
 
 class EventObjective(nn.Module, ABC):
     """A loss of representations of event sequences, with whatever heads it trains beside the encoder.
+
+    Of several processes each has a part of the batch in training, and the whole of it in evaluation. In training the
+    mean over processes of what they return, and of its gradients, is that of one process with the joined batch: means
+    are :meth:`weighted`, losses in which rows meet read ``joined_rows.JoinedRows``. A padding row, ``mask`` false
+    everywhere and ``users`` -1, has no part in it.
 
     Args:
         d: D, width of the representation.
@@ -42,6 +48,10 @@ class EventObjective(nn.Module, ABC):
     @abstractmethod
     def forward(self, representation: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Scalar loss of a batch; what stands at padding reaches neither loss nor gradients."""
+
+    def weighted(self, mean: Tensor, n: int) -> Tensor:
+        """A mean over ``n`` items, times the share of this process in those of all: every process calls it alike."""
+        return mean * share(n, device=mean.device) if self.training else mean
 
     def query_times(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """When the context of each step is looked up, and which steps count: those that a valid step follows.
@@ -130,7 +140,7 @@ class NextEvent(EventObjective):
         states = representation[counts]  # (N, D)
         targets = counts[:, :-1]
         if not len(states):
-            return states.sum()
+            return self.weighted(states.sum(), 0)
         loss = states.new_zeros(())
         if self.weights[0]:
             ids = batch["categorical"][:, 1:][targets]  # (N, F)
@@ -141,4 +151,4 @@ class NextEvent(EventObjective):
         if self.weights[1] and self.numeric_head is not None:
             numeric = batch["numeric"][:, 1:][targets]
             loss = loss + self.weights[1] * F.mse_loss(self.numeric_head(states), numeric.to(states.dtype))
-        return loss
+        return self.weighted(loss, len(states))

@@ -7,9 +7,12 @@ from torch.nn import functional as F
 
 from lightning_modules.losses.next_event import EventObjective
 
+IGNORED = -100
+"""Label of a row that is not counted."""
+
 
 class Supervised(EventObjective):
-    """Cross-entropy of a linear head on the representation of a sequence, averaged over the batch.
+    """Cross-entropy of a linear head on the representation of a sequence, averaged over the rows that have a label.
 
     Args:
         d: D, width of the representation.
@@ -31,7 +34,7 @@ class Supervised(EventObjective):
         self.head = nn.Linear(d, n_classes)
 
     def forward(self, representation: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Loss of representations ``(B, D)`` with ``batch["labels"] (B,) int64``.
+        """Loss of representations ``(B, D)`` with ``batch["labels"] (B,) int64``, -100 where there is none.
 
         Raises:
             ValueError: If the batch has no labels, or one lies beyond the classes.
@@ -41,7 +44,11 @@ class Supervised(EventObjective):
                 f"Supervised needs batches with labels, got {', '.join(batch)}: sample windows of a target"
             )
         labels = batch["labels"]
-        least, most = (int(value) for value in labels.aminmax())
+        known = labels[labels != IGNORED]
+        if not len(known):
+            return self.weighted(self.head(representation[:0]).sum(), 0)
+        least, most = (int(value) for value in known.aminmax())
         if least < 0 or most >= self.n_classes:
             raise ValueError(f"labels must be in 0..{self.n_classes - 1}, got {least if least < 0 else most}")
-        return F.cross_entropy(self.head(representation), labels)
+        mean = F.cross_entropy(self.head(representation), labels, ignore_index=IGNORED)
+        return self.weighted(mean, len(known))

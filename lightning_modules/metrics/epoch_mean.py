@@ -1,5 +1,7 @@
 """A mean over an epoch that is the same for any number of processes, and survives a stop amid the epoch."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -13,6 +15,7 @@ class EpochMean(Metric):
     Both sums are float64 and persistent: a checkpoint written amid an epoch holds them. NaN where all weights are 0.
     """
 
+    SUMS: ClassVar = ("total", "weight")
     full_state_update = False
     higher_is_better = False
     total: Tensor
@@ -20,7 +23,7 @@ class EpochMean(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("total", "weight"):
+        for name in self.SUMS:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
 
     def update(self, value: Tensor | float, weight: Tensor | float = 1.0) -> None:

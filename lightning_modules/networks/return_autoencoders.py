@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+
+from lightning_modules.collectives import n_processes
 
 Activation = Literal["none", "gelu", "relu"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"none": nn.Identity, "gelu": nn.GELU, "relu": nn.ReLU}
@@ -28,11 +31,43 @@ def trailing_windows(returns: Tensor, length: int) -> Tensor:
     return returns[:, returns.shape[1] - n_windows * length :].unflatten(1, (n_windows, length))
 
 
+class PooledNorm(nn.BatchNorm1d):
+    """One mean and one variance of all values ``(B, 1, L)`` of a batch; in several processes, of all their batches.
+
+    What it norms is read, not learned, so no gradient has to pass between processes as it does in
+    ``torch.nn.SyncBatchNorm``, which needs GPUs. B may be 0 in some processes. Alone it is ``nn.BatchNorm1d``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1, affine=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Values in standard deviations from the mean; in training those of the batch."""
+        if not self.training or n_processes() == 1:
+            return super().forward(input)
+        values = input.detach().double()
+        moments = torch.stack([values.new_tensor(values.numel()), values.sum(), values.square().sum()])
+        distributed.all_reduce(moments)
+        n, mean = moments[0], moments[1:2] / moments[0]
+        variance = moments[2:] / n - mean.square()
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((variance * n / (n - 1)).to(self.running_var), self.momentum)
+            self.num_batches_tracked += 1
+        return F.batch_norm(input, mean.to(input), variance.to(input), eps=self.eps)
+
+
 class WindowAutoencoder(nn.Module):
     """What autoencoders share: scaling, the loss, and from codes of windows to one row a stock.
 
     Returns enter divided by their pooled standard deviation, so that a loss of 1 is what a constant code attains:
-    x = (r - m) / s with m, s over all values of a batch in training, and their running means afterwards.
+    x = (r - m) / s with m, s over all values of a batch in training, and their running means afterwards. A batch that
+    is spread over processes counts as one, here; not in batch normalisation within an encoder, unless the Trainer's
+    ``sync_batchnorm``, which needs GPUs, is on.
 
         loss = mean (decode(encode(x)) - x)^2           row of a stock = mean over its windows of encode(x)
 
@@ -52,7 +87,7 @@ class WindowAutoencoder(nn.Module):
         super().__init__()
         self.window_length = window_length
         self.code_size = code_size
-        self.normaliser = nn.BatchNorm1d(1, affine=False)
+        self.normaliser = PooledNorm()
         self.encoder: nn.Module
         self.decoder: nn.Module
 

@@ -123,7 +123,10 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         if mask is None or not self.training:
             return super().forward(features)
         by_step = features.transpose(1, 2)
-        normalised = super().forward(by_step[mask])
+        valid = by_step[mask]
+        if not len(valid):  # of several processes one may have padding alone, which has no mean
+            return torch.zeros_like(features)
+        normalised = super().forward(valid)
         return torch.zeros_like(by_step).masked_scatter(mask.unsqueeze(-1), normalised).transpose(1, 2)
 
 

@@ -532,6 +532,15 @@ def test_epochs_must_be_those_of_the_plans(folder):
         trainer.fit(attacker(), data)
 
 
+def test_attacks_are_not_chosen_amid_an_epoch(folder):
+    data = TimeSeriesDataModule(folder=str(folder), name="Toy")
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=14, val_check_interval=0.5, logger=False, enable_checkpointing=False
+    )
+    with pytest.raises(ValueError, match=r"val_check_interval must be 1\.0, attacks are chosen after .*, got 0\.5"):
+        trainer.fit(attacker(), data)
+
+
 def test_before_a_fit_nothing_can_be_tested(folder):
     data = TimeSeriesDataModule(folder=str(folder), name="Toy")
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)

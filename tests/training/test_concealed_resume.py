@@ -202,6 +202,7 @@ def test_what_a_checkpoint_holds_is_taken_up_and_a_new_fit_forgets_it(unbroken):
     for part in ("best_classifier", "snapshots", "banks"):
         assert_same(taken["unfinished"][part], checkpoint["unfinished"][part])
     assert_same(module._random, checkpoint["unfinished"]["random"])
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     module.setup("fit")
     module.on_save_checkpoint(taken)
     assert taken["unfinished"]["banks"] == taken["unfinished"]["snapshots"] == {}

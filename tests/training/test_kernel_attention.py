@@ -601,12 +601,11 @@ def test_no_user_to_validate_on(folder):
         fitted(data)
 
 
-@pytest.mark.parametrize("stage", ["fit", "test", "predict"])
-def test_several_processes_are_refused(folder, stage):
+def test_a_strategy_that_splits_the_model_is_refused(folder):
     module = aggregator(events_of(folder))
-    module._trainer = SimpleNamespace(world_size=2)
-    with pytest.raises(ValueError, match=r"needs one process \(--trainer\.devices 1\), got 2"):
-        getattr(module, f"on_{stage}_start")()
+    module._trainer = SimpleNamespace(world_size=2, strategy=object())
+    with pytest.raises(ValueError, match=r"trainer\.strategy must be 'replicated'.*got object"):
+        module.setup("fit")
 
 
 def test_checkpoints_of_something_else(folder, tmp_path):

@@ -95,17 +95,46 @@ def test_every_micro_batch_draws_fresh_negatives():
 
     class Recording(CCEMinusLoss):
         def forward(self, *arguments, **keywords):
-            steps.append((int(keywords["step"]), keywords.get("validation", False)))
+            steps.append(int(keywords["step"]))
             return super().forward(*arguments, **keywords)
 
     model = module(Recording(8))
     Trainer(max_epochs=2, accumulate_grad_batches=2, **QUIET).fit(model, batches(4))
-    assert steps == [(step, False) for step in range(8)]
+    assert steps == list(range(8))
     assert int(model.micro_step) == 8
     assert int(model.state_dict()["micro_step"]) == 8
     targets = one_batch()["targets"]
     draws = [cce_minus_negatives(targets, V, n_negatives=8, seed=0, step=step)[0] for step in range(2)]
     assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize("repeat_mode", [False, True])
+def test_validation_loss_is_exact_whatever_is_drawn_in_training(repeat_mode):
+    """Mean over all relevant items of -log p; users without any, and batches without users, have no weight."""
+    model = module(CCEMinusLoss(2), recommend_seen=True, repeat_mode=repeat_mode)
+    with torch.no_grad():
+        model.encoder.item_table.weight.mul_(4)  # so that users differ
+    batch = one_batch()
+    del batch["targets"]
+    relevant = torch.full((8, 3), -1)
+    relevant[0, :3], relevant[2, :1], relevant[5, :2] = torch.tensor([4, 9, 1]), 7, torch.tensor([30, 2])
+    history = batch["item_ids"] != V
+    batch |= {"relevant": relevant, "user_index": torch.arange(8), "history_items": batch["item_ids"][history]}
+    batch["history_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), history.sum(1).cumsum(0)])
+    empty = {key: value[:0] for key, value in batch.items()} | {"history_offsets": torch.zeros(1, dtype=torch.int64)}
+    loader = DataLoader([batch, empty], batch_size=None)
+    (found,) = Trainer(max_epochs=1, **QUIET).validate(model, loader, verbose=False)
+    model.eval()
+    with torch.no_grad():
+        states = model(batch["item_ids"], batch["basket_ids"])
+        table = model.encoder.item_embeddings
+        log_p = (states[:, -1] @ table.T).log_softmax(-1)
+        if repeat_mode:
+            everything = model._rank(states, batch, V)  # log-probabilities of all items, as they are recommended
+            log_p = torch.empty(8, V).scatter_(1, everything.item_ids, everything.scores)
+    wanted = -torch.stack([log_p[user, item] for user in range(8) for item in relevant[user] if item >= 0]).mean()
+    # sums of 50 float32 terms in another order
+    assert found["val/loss"] == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_negatives_move_and_the_padding_row_does_not():

@@ -1,6 +1,7 @@
 """Embeddings as a table: what was predicted stands in the file, whole or not at all."""
 
 from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -129,9 +130,7 @@ def test_other_predictions_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_several_processes_are_refused():
-    class Several:
-        world_size = 2
-
-    with pytest.raises(ValueError, match=r"one process \(--trainer.devices 1\), got 2"):
-        EmbeddingWriter().on_predict_start(Several(), Predicts([]))
+def test_of_several_processes_the_first_alone_must_have_embeddings():
+    EmbeddingWriter().on_predict_batch_end(SimpleNamespace(is_global_zero=False), Predicts([]), None, None, 0)
+    with pytest.raises(ValueError, match="EmbeddingWriter needs Embeddings from predict_step, got NoneType"):
+        EmbeddingWriter().on_predict_batch_end(SimpleNamespace(is_global_zero=True), Predicts([]), None, None, 0)

@@ -195,6 +195,25 @@ def test_padding_reaches_neither_gradients_nor_statistics(name):
         assert torch.equal(clean, poisoned)
 
 
+def after_a_step(name, batch, n_rows):
+    """Gradients of the states of the first rows, and statistics, after a step in training without noise."""
+    encoder = build(name, noise=0.0, **({"dropout": 0.0} if name in WINDOWED else {})).train()
+    encoder.encode_last(batch)[:n_rows].square().sum().backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in encoder.parameters()], list(encoder.buffers())
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_rows_without_events_reach_neither_gradients_nor_statistics(name):
+    batch = padded(events_of([6, 2, 4]), range(3), 6)
+    empty = {key: torch.zeros_like(value[:2]) for key, value in batch.items()}
+    filled = {key: torch.cat([value, empty[key]]) for key, value in batch.items()}
+    # float32 sums over a batch of another shape
+    torch.testing.assert_close(after_a_step(name, filled, 3), after_a_step(name, batch, 3), rtol=1e-5, atol=1e-5)
+    gradients, buffers = after_a_step(name, empty, 2)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert all(torch.equal(*pair) for pair in zip(buffers, build(name).buffers(), strict=True))
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_later_events_leave_states_bit_for_bit(name):
     encoder = build(name)

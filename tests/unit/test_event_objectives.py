@@ -238,6 +238,39 @@ def test_sequences_of_one_event_have_nothing_to_predict(name, lengths):
     assert not states.grad.any()
 
 
+@pytest.mark.parametrize("name", [*STEPWISE, "coles", "coles_mean", "supervised"])
+@pytest.mark.parametrize("n_rows", [4, 1])
+def test_padding_rows_are_no_rows(name, n_rows):
+    torch.manual_seed(0)
+    other = {
+        "coles": lambda: CoLES(**FACTS, margin=1.5),
+        "coles_mean": lambda: CoLES(**FACTS, margin=1.5, reduction="mean"),
+        "supervised": lambda: Supervised(**FACTS, n_classes=3),
+    }
+    objective = (STEPWISE | other)[name]().double()
+    batch = batch_of(LENGTHS[:n_rows], users=[0, 1, 0, 2][:n_rows]) | {"labels": torch.arange(n_rows) % 3}
+    filled = {key: torch.cat([value, value[:1], value[:1]]) for key, value in batch.items()}
+    filled["mask"][n_rows:], filled["users"][n_rows:], filled["labels"][n_rows:] = False, -1, -100
+    losses, gradients = [], []
+    for one in (batch, filled):
+        states = torch.cat([states_of(batch)] + [states_of(batch)[:1]] * 2)[: len(one["mask"])].requires_grad_()
+        loss = objective(states if objective.needs == "steps" else states[:, 0], one)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(states.grad)
+    torch.testing.assert_close(losses[1], losses[0], **EXACT)
+    torch.testing.assert_close(gradients[1][:n_rows], gradients[0], **EXACT)
+    assert not gradients[1][n_rows:].any()
+
+
+def test_rows_without_any_label_cost_nothing():
+    objective, h = Supervised(**FACTS), torch.randn(2, D, requires_grad=True)
+    loss = objective(h, {"labels": torch.tensor([-100, -100])})
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not h.grad.any()
+
+
 def test_supervised_is_cross_entropy_of_a_linear_head():
     torch.manual_seed(0)
     objective = Supervised(**FACTS, n_classes=3).double()

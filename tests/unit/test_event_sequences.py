@@ -243,6 +243,29 @@ def test_tail_windows_end_before_the_query(module):
     assert seen == expected
 
 
+@pytest.mark.parametrize("sampler", [ColesSlices(3, 5, 12), Crops(4, 8), TailWindows("churn", 6)])
+def test_number_minus_one_is_a_row_without_events(module, sampler):
+    sequences = module(sampler=sampler).train_dataloader().dataset
+    plain, filled = sequences[[4, 2]], sequences[[-1, 4, 2, -1]]
+    n_rows, n_steps = plain["mask"].shape
+    n_windows = n_rows // 2
+    assert filled.keys() == plain.keys()
+    for name, value in plain.items():
+        there = filled[name][n_windows:-n_windows]
+        assert torch.equal(there[:, :n_steps] if value.ndim > 1 else there, value), name
+    padding = torch.ones(len(filled["mask"]), dtype=torch.bool)
+    padding[n_windows:-n_windows] = False
+    for name in ("categorical", "numeric", "times", "mask"):
+        assert not filled[name][padding].any(), name
+        assert filled[name].dtype == plain[name].dtype
+    assert (filled["users"][padding] == -1).all()
+    if "labels" in filled:
+        assert (filled["labels"][padding] == -100).all()
+    alone = sequences[[-1]]
+    assert not alone["mask"].any()
+    assert torch.equal(alone["starts"], sequences[[0]]["starts"])
+
+
 def test_folds_of_a_column(module):
     data = module(fold_column="fold")
     batch = whole(data.test_dataloader())

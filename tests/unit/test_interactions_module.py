@@ -11,7 +11,6 @@ import torch
 from lightning import LightningModule, Trainer
 
 from datamodules import InteractionsDataModule
-from datamodules.epoch_sampler import EpochSampler
 from datamodules.histories import Histories
 from datamodules.synthetic import markov_interactions
 
@@ -287,6 +286,17 @@ def test_a_sequence_does_not_depend_on_its_batch(synthetic):
         assert all(alone[key][0].equal(together[key][row]) for key in alone)
 
 
+@pytest.mark.parametrize("target", ["next_item", "next_basket"])
+def test_rows_that_fill_a_batch_up_have_no_target(synthetic, target):
+    sequences = synthetic(target=target).train_dataloader().dataset
+    batch, first, fifth = sequences.__getitems__([5, -1, 5, -1]), sequences[0], sequences[5]
+    for row in (1, 3):
+        assert (batch["targets"][row] == -100).all()
+        assert all(batch[key][row].equal(first[key][0]) for key in ("item_ids", "basket_ids"))
+    assert (fifth["targets"] >= 0).any()
+    assert all(batch[key][row].equal(fifth[key][0]) for row in (0, 2) for key in batch)
+
+
 def test_targets_are_drawn_evenly_from_the_next_basket(tmp_path):
     """Three items in the second basket, 1,200 positions: each within 5 standard deviations of 400."""
     rows = [(user, item, time) for user in range(400) for time in range(4) for item in range(3 * time, 3 * time + 3)]
@@ -313,49 +323,17 @@ def test_targets_are_drawn_evenly_from_the_next_basket(tmp_path):
         assert (counts[3 * basket + 3 : 3 * basket + 6] - 400).abs().max() < 5 * (1200 * 2 / 9) ** 0.5
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 10])
-@pytest.mark.parametrize("replicas", [2, 3])
-def test_replicas_are_disjoint_and_complete(n, replicas):
-    samplers = [
-        EpochSampler(range(n), shuffle=False, seed=1, num_replicas=replicas, rank=rank) for rank in range(replicas)
-    ]
-    parts = [list(sampler) for sampler in samplers]
-    assert [len(sampler) for sampler in samplers] == [len(part) for part in parts]
-    assert sorted(number for part in parts for number in part) == list(range(n))
-
-    samplers = [
-        EpochSampler(range(n), shuffle=True, seed=1, num_replicas=replicas, rank=rank) for rank in range(replicas)
-    ]
-    for sampler in samplers:
-        sampler.set_epoch(4)
-    parts = [list(sampler) for sampler in samplers]
-    assert {len(part) for part in parts} == {-(-n // replicas)} == {len(sampler) for sampler in samplers}
-    assert {number - 4 * n for part in parts for number in part} == set(range(n))
-    # The same epoch on one replica is the same order, dealt out in turn.
-    alone = EpochSampler(range(n), shuffle=True, seed=1)
-    alone.set_epoch(4)
-    dealt = [part[place] for place in range(len(parts[0])) for part in parts]
-    assert dealt[:n] == list(alone)
-
-
 def test_replicas_are_those_of_the_trainer(synthetic):
     numbers = {"train": [], "test": []}
     for rank in (0, 1):
         module = synthetic()
         module.trainer = SimpleNamespace(world_size=2, global_rank=rank)
-        numbers["train"].append(list(module.train_dataloader().sampler))
-        numbers["test"].append(list(module.test_dataloader().sampler))
+        numbers["train"].append([number for batch in module.train_dataloader().sampler for number in batch])
+        numbers["test"].append([number for batch in module.test_dataloader().sampler for number in batch])
     for stage, (one, two) in numbers.items():
         n = len(getattr(synthetic(), f"{stage}_dataloader")().dataset)
-        assert set(one) | set(two) == set(range(n))
-        assert len(set(one) & set(two)) == (n % 2 if stage == "train" else 0)
-
-
-def test_sampler_refuses_wrong_replicas():
-    with pytest.raises(ValueError, match="num_replicas must be at least 1, got 0"):
-        EpochSampler(range(3), shuffle=True, seed=1, num_replicas=0)
-    with pytest.raises(ValueError, match=r"rank must be in 0\.\.1, got 2"):
-        EpochSampler(range(3), shuffle=True, seed=1, num_replicas=2, rank=2)
+        assert sorted(number for number in one + two if number >= 0) == list(range(n))
+        assert (one + two).count(-1) == (n % 2 if stage == "train" else 0)
 
 
 def test_workers_give_the_same_batches(synthetic):

@@ -1,11 +1,23 @@
 """Runs are found again by what decides a result, and metrics of a resumed run are appended."""
 
+import json
 import os
 
 import pytest
 import yaml
 
-from lightning_modules.run_folder import BEST, RunLogger, identity, newest_run, runs_newest_first, write_whole
+from lightning_modules.run_folder import (
+    BEST,
+    LAST,
+    RunLogger,
+    drop_rows_after,
+    identity,
+    is_less_than_asked,
+    newest_run,
+    newest_unfinished_run,
+    runs_newest_first,
+    write_whole,
+)
 
 
 def config(**changes):
@@ -82,3 +94,103 @@ def test_a_second_sitting_appends_to_the_metrics(tmp_path):
         logger.save()
     lines = (tmp_path / "method" / "version_0" / "metrics.csv").read_text().splitlines()
     assert lines == ["epoch,step,train/loss,val/loss", "0,0,1.5,", "1,1,1.5,", "1,1,,2.0"]
+
+
+ASKED = {"max_epochs": 4, "max_steps": -1}
+
+
+def add_unfinished(root, number, settings, facts=None, checkpoint=LAST):
+    run = add_run(root, number, settings, checkpoint)
+    if facts:
+        done = {"epochs": 4, "steps": 40, "finished": True, "stopped_early": False}
+        (run / "fit.json").write_text(json.dumps(done | facts))
+    return run
+
+
+def test_the_newest_unfinished_run_is_gone_on_with(tmp_path):
+    killed = add_unfinished(tmp_path, 0, config())
+    stopped = add_unfinished(tmp_path, 1, config(), {"finished": False, "epochs": 4})
+    short = add_unfinished(tmp_path, 2, config(), {"epochs": 3})
+    add_unfinished(tmp_path, 3, config(), {})  # what it was asked for
+    add_unfinished(tmp_path, 4, config(), {"epochs": 2, "stopped_early": True})
+    add_unfinished(tmp_path, 5, config(model__d_model=32))
+    add_unfinished(tmp_path, 6, config(), checkpoint=None)
+    (tmp_path / "version_3" / "fit.json").write_text(json.dumps({"epochs": 4, "steps": 40, "finished": True}))
+    for expected in (short, stopped, killed):
+        assert newest_unfinished_run(tmp_path, config(), ASKED) == expected
+        (expected / "checkpoints" / LAST).unlink()
+
+
+@pytest.mark.parametrize(
+    ("facts", "checkpoint", "words"),
+    [
+        ({"epochs": 4}, LAST, r"the newest, .*version_0, has finished: 4 epochs\)"),
+        ({"epochs": 2, "stopped_early": True}, LAST, r"has finished: 2 epochs and stopped early\)"),
+        (None, None, r"was ended before its first last\.ckpt\)"),
+    ],
+)
+def test_where_none_is_unfinished_it_says_what_there_is(tmp_path, facts, checkpoint, words):
+    add_unfinished(tmp_path, 0, config(), facts, checkpoint)
+    with pytest.raises(FileNotFoundError, match="no unfinished run of this config in .*" + words):
+        newest_unfinished_run(tmp_path, config(), ASKED)
+    with pytest.raises(FileNotFoundError, match=r"differs: model.init_args.d_model is 64 there, 16 here"):
+        newest_unfinished_run(tmp_path, config(model__d_model=16), ASKED)
+    with pytest.raises(FileNotFoundError, match="there is no run"):
+        newest_unfinished_run(tmp_path / "nowhere", config(), ASKED)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "max_epochs", "max_steps", "less"),
+    [(3, 30, 4, -1, True), (4, 40, 4, -1, False), (4, 40, -1, 41, True), (4, 40, 9, 40, False), (9, 9, -1, -1, True)],
+)
+def test_done_is_either_limit(epochs, steps, max_epochs, max_steps, less):
+    done, asked = {"epochs": epochs, "steps": steps}, {"max_epochs": max_epochs, "max_steps": max_steps}
+    assert is_less_than_asked(done, asked) == less
+
+
+def checkpoint_at(stepped, *, amid=False):
+    batches = {"processed": 9, "completed": 8 if amid else 9}
+    loops = {
+        "epoch_loop.state_dict": {"_batches_that_stepped": stepped},
+        "epoch_loop.batch_progress": {"total": batches},
+    }
+    return {"loops": {"fit_loop": loops}}
+
+
+@pytest.mark.parametrize(
+    ("text", "checkpoint", "kept"),
+    [
+        ("step,x\r\n3,1\r\n7,2\r\n8,3\r\n", checkpoint_at(8), "step,x\r\n3,1\r\n7,2\r\n"),
+        ("step,x\r\n3,1\r\n7,2\r\n8,3\r\n", checkpoint_at(7, amid=True), "step,x\r\n3,1\r\n7,2\r\n"),
+        ("step,x\r\n3,1\r\n7,2", checkpoint_at(8), "step,x\r\n3,1\r\n"),  # a write that was cut off
+        ("step,x\r\n3,1\r\n7\r\n", checkpoint_at(8), "step,x\r\n3,1\r\n"),
+        ("step,x\r\n3,1\r\n,2\r\n", checkpoint_at(8), "step,x\r\n3,1\r\n"),
+        ("step,x\r\n3,1\r\n", checkpoint_at(8), "step,x\r\n3,1\r\n"),
+        ("ste", checkpoint_at(8), None),
+    ],
+)
+def test_rows_behind_the_checkpoint_are_dropped(tmp_path, text, checkpoint, kept):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(text.encode())
+    drop_rows_after(tmp_path, checkpoint)
+    assert (path.read_bytes().decode() if path.exists() else None) == kept
+
+
+def test_a_new_column_keeps_the_rows_and_never_leaves_half_a_file(tmp_path, monkeypatch):
+    logger = RunLogger(str(tmp_path), "method", "version_0")
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.save()
+    path = tmp_path / "method" / "version_0" / "metrics.csv"
+    before = path.read_bytes()
+    logger.log_metrics({"b": 2.0}, step=1)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            logger.save()
+    assert path.read_bytes() == before
+    logger.experiment._rewrite_with_new_header(["a", "b", "step"])
+    assert path.read_text().splitlines() == ["a,b,step", "1.0,,0"]

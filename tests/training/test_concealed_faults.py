@@ -1,0 +1,206 @@
+"""A fit that is stopped at any step and resumed from ``last.ckpt`` equals an unbroken one, bit for bit."""
+
+import random
+
+import pytest
+import torch
+from lightning import Callback, Trainer, seed_everything
+
+from datamodules import TimeSeriesDataModule
+from datamodules.synthetic_series import synthetic_series
+from lightning_modules import ConcealedAttacker
+from lightning_modules.attacks import Attack, Linf, Momentum, PGDStep, SignStep, SumReg, Vanilla
+from lightning_modules.attacks.discriminators import AttackPlan, DiscriminatorPlan, TrainingAttack
+from lightning_modules.callbacks import AdversarialTraining, LastCheckpoint, RandomState
+from lightning_modules.networks import LSTM, ResCNN
+from lightning_modules.run_folder import RunLogger
+from lightning_modules.time_series_classifier import TimeSeriesClassifier
+
+FACTS = {"n_channels": 1, "n_classes": 2, "n_steps": 12}
+PGD = Attack(Vanilla(), PGDStep(), projection=Linf(0.3), n_steps=2, random_start=True)
+IFGSM = Attack(Vanilla(), SignStep(), n_steps=2)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*smaller than the logging",
+    "ignore:.*in eval mode at the start",
+    "ignore:The dirpath has changed",
+    "ignore:Checkpoint directory .* exists and is not empty",  # it is the one of the fit that was stopped
+)
+
+
+def dropping_lstm(**facts):
+    return LSTM(**facts, hidden_size=3, dropout=0.5)
+
+
+def res_cnn(**facts):
+    return ResCNN(**facts, n_filters=2)
+
+
+def attacker():
+    """A classifier for 2 epochs, a mixture with replay for 2, a round of 2; attacks that draw, dropout, norms."""
+    schedule = {"start": 0.3, "gamma": 0.5, "replay": 0.5}
+    return ConcealedAttacker(
+        **FACTS,
+        classifier=dropping_lstm,
+        classifier_epochs=2,
+        discriminators=[
+            DiscriminatorPlan(
+                name="a",
+                network=res_cnn,
+                attack=IFGSM,
+                training_attacks="ifgsm",
+                mixture=[TrainingAttack(name="pgd", attack=PGD, start=0.6)],
+                n_levels=1,
+                epochs_per_level=2,
+                n_rounds=1,
+                round_attack=Attack(SumReg(), SignStep(0.1), n_steps=2),
+                seed=1,
+                **schedule,
+            ),
+            DiscriminatorPlan(
+                name="h",
+                role="held_out",
+                network=dropping_lstm,
+                attack=Attack(Vanilla(), Momentum(), n_steps=2),
+                training_attacks="momentum",
+                n_levels=3,
+                epochs_per_level=1,
+                seed=2,
+                **schedule,
+            ),
+        ],
+        attacks=[AttackPlan(name="s", family="s", attack=Attack(SumReg(), SignStep(), n_steps=2), steps=[0.1, 0.3])],
+        fitted_judges=False,
+    )
+
+
+def classifier():
+    """Plain epochs, then against an attack that draws; dropout, momentum and a schedule."""
+    return TimeSeriesClassifier(
+        **FACTS,
+        network=dropping_lstm,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.02),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+    )
+
+
+def adversaries(method):
+    return [AdversarialTraining(PGD, warmup_epochs=2)] if method is classifier else []
+
+
+class Stopped(Exception):
+    """What ends a fit before its time."""
+
+
+class Stop(Callback):
+    """Ends the fit before or behind step number ``step`` of all that are taken."""
+
+    def __init__(self, step, behind):
+        self.step, self.behind = step, behind
+
+    def _stop(self, trainer, behind):
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.started + (not behind)
+        if behind == self.behind and batches == self.step:
+            raise Stopped
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._stop(trainer, behind=False)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._stop(trainer, behind=True)
+
+
+def run(method, series, folder, *, stop=None, resume=False, every=2, seed=1):
+    """Fit, perhaps to its end: its trainer and module."""
+    seed_everything(seed, verbose=False)
+    module = method()
+    data = TimeSeriesDataModule(
+        folder=str(series), name="Toy", batch_size=6, eval_batch_size=5, validation_fraction=0.25
+    )
+    last = LastCheckpoint(every_n_train_steps=every)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=6,
+        logger=RunLogger(str(folder), "run", version=0),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[RandomState(), *adversaries(method), last, *([Stop(*stop)] if stop else [])],
+    )
+    path = folder / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=path if resume else None, weights_only=True)
+    return trainer, module, data
+
+
+def outcome(trainer, module, data):
+    """All that a fit leaves: weights and sums, optimisers, schedules, what was found and logged, what test finds."""
+    # the attacker logs its accuracy in the classifier's epochs alone, which a resumed trainer may not have run
+    logged = {key: float(value) for key, value in sorted(trainer.callback_metrics.items())}
+    logged.pop("val/accuracy", None)
+    found = {
+        "weights": {key: value.clone() for key, value in module.state_dict().items()},
+        "optimisers": [optimizer.state_dict()["state"] for optimizer in trainer.optimizers],
+        "rates": [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers],
+        "found": getattr(module, "found", None),
+        "logged": logged,
+    }
+    batch = data.arrays("test")
+    module.eval()
+    if isinstance(module, TimeSeriesClassifier):
+        return found | {"test": trainer.test(module, data, verbose=False)}
+    study = module.test_step(batch, 0)
+    (attack,) = study.attacks
+    return found | {"test": [attack.x_adv, attack.logits, attack.detector_logits, attack.scores]}
+
+
+def assert_same(one, other, place=""):
+    """Equal to the last bit, through mappings and sequences."""
+    assert type(one) is type(other), place
+    if isinstance(one, dict):
+        assert list(one) == list(other), place
+        for key, value in one.items():
+            assert_same(value, other[key], f"{place}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), place
+        for number, values in enumerate(zip(one, other, strict=True)):
+            assert_same(*values, f"{place}/{number}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    else:
+        assert one == other, place
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("series")
+    synthetic_series(28, 6, n_steps=12, rule="bump", noise=0.5, seed=3).write(folder, "Toy", ".tsv")
+    return folder
+
+
+@pytest.mark.parametrize("method", [attacker, classifier], ids=["attacker", "classifier"])
+def test_a_fit_stopped_at_random_steps_equals_an_unbroken_one(series, tmp_path, method):
+    """21 training series are 4 batches an epoch: 24 steps, of which 20 stop a fit, in 5 fits of 4 stops each."""
+    wanted = outcome(*run(method, series, tmp_path / "unbroken", every=None))
+    draw = random.Random(7)
+    steps = draw.sample(range(3, 25), 20)
+    for chain in range(5):
+        folder = tmp_path / str(chain)
+        every = draw.choice([1, 2])
+        for number, step in enumerate(sorted(steps[chain::5])):
+            with pytest.raises(Stopped):
+                run(
+                    method,
+                    series,
+                    folder,
+                    stop=(step, draw.random() < 0.5),
+                    resume=number > 0,
+                    every=every,
+                    seed=1 if number == 0 else 100 + step,  # a resumed fit must not live on what it is started with
+                )
+        resumed = run(method, series, folder, resume=True, every=every, seed=5)
+        assert_same(outcome(*resumed), wanted, f"chain {chain}")
+        lines = [
+            (one / "run" / "version_0" / "metrics.csv").read_text().splitlines()
+            for one in (folder, tmp_path / "unbroken")
+        ]
+        assert lines[0][-1] == lines[1][-1], "the last line that is logged"
