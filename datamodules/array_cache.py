@@ -94,8 +94,11 @@ def content_digests(paths: Sequence[Path], cache_dir: Path) -> list[str]:
                 memory[key] = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         found[key] = path.suffix.lower() + memory[key]
     draft = cache_dir / f".content-{_process_name()}"
-    draft.write_text(json.dumps(memory, indent=1), encoding="utf-8")
-    os.replace(draft, memory_file)
+    try:
+        draft.write_text(json.dumps(memory, indent=1), encoding="utf-8")
+        os.replace(draft, memory_file)
+    finally:
+        draft.unlink(missing_ok=True)
     return sorted(found.values())
 
 

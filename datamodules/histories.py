@@ -2,10 +2,12 @@
 
 M interactions, U users, V items, Q questions of one stage. A history is a slice of flat arrays between two offsets, in
 order of time. Items are numbered 0..V-1 by increasing original id; users likewise, those with training data before
-validation users, these before the others.
+validation users, these before the others. Arrays are laid out a block of whole users at a time, so that beside the rows
+and the result there is memory for one block only.
 """
 
 import hashlib
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,10 +16,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from datamodules import splits
 from datamodules.array_cache import Prepared
-from datamodules.splits import Split, Target
+from datamodules.splits import Split, Target, occurrences, user_blocks
 
-_ROWS_AT_A_TIME = 1 << 21
+_IDS_AT_A_TIME = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -79,41 +82,27 @@ def build_histories(
         raise ValueError(f"nothing is left to rank: training holds {len(catalogue)} distinct items, at least 2 needed")
     item_table = item_ids.gather(catalogue)
     known = split.known_items[items]
-    n_known_before = np.r_[0, np.cumsum(known)]
-    user_table = _user_order(users, known, split, len(user_ids))
+    n_known = occurrences(users, len(user_ids), known)
+    user_table = _user_order(users, n_known > 0, split)
     new_item = _numbers(catalogue, len(item_ids))
     new_user = _numbers(user_table, len(user_ids))
-    users, items = new_user[users], new_item[items]
 
-    arrays, n_targets = _training(
-        users[split.train], items[split.train], times[split.train], len(catalogue), target, only_new_targets
-    )
-    order = np.argsort(users[known], kind="stable")
-    all_users = users[known][order]
-    arrays["all_offsets"] = _offsets(np.bincount(all_users, minlength=len(user_table)))
-    arrays["all_items"] = items[known][order]
-    arrays["all_times"] = times[known][order]
-    arrays["all_baskets"] = _basket_numbers(all_users, arrays["all_times"], arrays["all_offsets"])
-    del order, all_users
-
-    begins = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
-    begins = begins[users[begins] >= 0]
-    first_row = np.zeros(len(user_table), dtype=np.int64)
-    first_row[users[begins]] = begins
+    arrays, n_targets = _training(users, items, times, split.train, new_user, new_item, target, only_new_targets)
+    arrays |= _everything(users, items, times, known, new_user, new_item, _offsets(n_known[user_table]))
     for stage, questions in (("validation", split.validation), ("test", split.test)):
         asked = new_user[questions.users].astype(np.int64)
-        # Inside a user the rows keep their order: known rows before the stop, less those before the user.
-        n_inputs = n_known_before[questions.stops] - n_known_before[first_row[asked]]
-        stops = arrays["all_offsets"][asked] + n_inputs
-        pairs = np.unique(users[questions.relevant].astype(np.int64) * len(catalogue) + items[questions.relevant])
+        order = np.argsort(asked, kind="stable")  # the pairs lie in the order of user numbers
+        # Inside a user the rows keep their order: the input is the first known ones.
+        asked, stops = asked[order], (arrays["all_offsets"][asked] + questions.n_inputs)[order]
+        rows = np.flatnonzero(questions.relevant)
+        pairs = np.unique(new_user[users[rows]].astype(np.int64) * len(catalogue) + new_item[items[rows]])
         counts[f"{stage}_users_answerable"] = len(asked)
         counts[f"{stage}_relevant_before_history_removal"] = len(pairs)
         if drop_seen:
-            pairs = pairs[~np.isin(pairs, _input_pairs(arrays, asked, stops, len(catalogue)))]
+            pairs = pairs[~_seen(pairs, arrays, asked, stops, len(catalogue))]
         owners, relevant = np.divmod(pairs, len(catalogue))
         n_relevant = np.bincount(owners, minlength=len(user_table))[asked]
         kept = np.flatnonzero(n_relevant)
-        kept = kept[np.argsort(asked[kept], kind="stable")]  # the pairs lie in the order of user numbers
         arrays[f"{stage}_users"] = asked[kept]
         arrays[f"{stage}_stops"] = stops[kept]
         arrays[f"{stage}_relevant"] = relevant.astype(np.int32)
@@ -132,15 +121,14 @@ def build_histories(
     return Prepared(arrays, user_ids.gather(user_table), item_table, facts)
 
 
-def _user_order(users: NDArray[np.int32], known: NDArray[np.bool_], split: Split, n_users: int) -> NDArray[np.int64]:
+def _user_order(users: NDArray[np.int32], has_known: NDArray[np.bool_], split: Split) -> NDArray[np.int64]:
     """Old numbers of the users that have a known item: with training data, validation users, the others.
 
     Training users come first, so that their numbers do not depend on who appears later.
     """
-    rank = np.full(n_users, 3, dtype=np.int8)
-    rank[users[known]] = 2
+    rank = np.where(has_known, 2, 3).astype(np.int8)
     rank[split.validation.users] = np.minimum(rank[split.validation.users], 1)
-    rank[users[split.train]] = 0
+    rank[occurrences(users, len(rank), split.train) > 0] = 0
     order = np.argsort(rank, kind="stable")
     return order[: int((rank < 3).sum())]
 
@@ -153,7 +141,9 @@ def _numbers(table: NDArray[np.int64], n: int) -> NDArray[np.int32]:
 
 
 def _offsets(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    return np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 def catalogue_hash(item_ids: pl.Series) -> str:
@@ -161,27 +151,57 @@ def catalogue_hash(item_ids: pl.Series) -> str:
     texts = item_ids.cast(pl.String)
     digest = hashlib.blake2b(str(item_ids.dtype.is_integer()).encode(), digest_size=8)
     digest.update(texts.str.len_bytes().cast(pl.Int64).to_numpy().tobytes())
-    digest.update("".join(texts.to_list()).encode())
+    for start in range(0, len(texts), _IDS_AT_A_TIME):  # a list of Python strings takes far more than the text
+        digest.update("".join(texts[start : start + _IDS_AT_A_TIME].to_list()).encode())
     return digest.hexdigest()
 
 
-def _basket_numbers(
-    users: NDArray[np.int32], times: NDArray[np.int64], offsets: NDArray[np.int64]
-) -> NDArray[np.int32]:
-    begins = np.ones(len(users), dtype=np.int64)
-    begins[1:] = (users[1:] != users[:-1]) | (times[1:] != times[:-1])
+def _basket_numbers(users: NDArray[np.int32], times: NDArray[np.int64]) -> NDArray[np.int32]:
+    """``(n,)`` number of the timestamp group inside its user, for rows in which users are runs."""
+    begins_user = np.ones(len(users), dtype=bool)
+    begins_user[1:] = users[1:] != users[:-1]
+    begins = begins_user.copy()
+    begins[1:] |= times[1:] != times[:-1]
     numbers = np.cumsum(begins) - 1
-    lengths = np.diff(offsets)
-    base = np.zeros(len(lengths), dtype=np.int64)
-    base[lengths > 0] = numbers[offsets[:-1][lengths > 0]]
-    return (numbers - np.repeat(base, lengths)).astype(np.int32)
+    return (numbers - np.maximum.accumulate(np.where(begins_user, numbers, 0))).astype(np.int32)
+
+
+def _everything(
+    users: NDArray[np.int32],
+    items: NDArray[np.int32],
+    times: NDArray[np.int64],
+    known: NDArray[np.bool_],
+    new_user: NDArray[np.int32],
+    new_item: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+) -> dict[str, NDArray[Any]]:
+    """Histories of all users, known items only, each written where its new number has its place."""
+    n = int(offsets[-1])
+    arrays: dict[str, NDArray[Any]] = {
+        "all_offsets": offsets,
+        "all_items": np.empty(n, dtype=np.int32),
+        "all_times": np.empty(n, dtype=np.int64),
+        "all_baskets": np.empty(n, dtype=np.int32),
+    }
+    for block in user_blocks(users):
+        rows = block.start + np.flatnonzero(known[block])
+        owners = new_user[users[rows]]
+        begins = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]][: len(owners)])
+        lengths = np.diff(np.r_[begins, len(owners)])
+        places = flat_ranges(offsets[owners[begins]], offsets[owners[begins]] + lengths)
+        arrays["all_items"][places] = new_item[items[rows]]
+        arrays["all_times"][places] = times[rows]
+        arrays["all_baskets"][places] = _basket_numbers(owners, times[rows])
+    return arrays
 
 
 def _training(
     users: NDArray[np.int32],
     items: NDArray[np.int32],
     times: NDArray[np.int64],
-    n_items: int,
+    train: NDArray[np.bool_],
+    new_user: NDArray[np.int32],
+    new_item: NDArray[np.int32],
     target: Target,
     only_new: bool,
 ) -> tuple[dict[str, NDArray[Any]], int]:
@@ -191,52 +211,70 @@ def _training(
     targets: ``train_is_new (M,)``. ``next_basket``: ``target_items``, ``target_offsets (number of baskets + 1,)`` the
     distinct (new) items of each basket, and ``basket_base (U,)`` the number of baskets of the users before.
     """
+    parts: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    n_targets = 0
+    for block in user_blocks(users):
+        rows = block.start + np.flatnonzero(train[block])
+        if not len(rows):
+            continue
+        # Training users are numbered first and in their order, so those of a block have consecutive numbers.
+        owners = new_user[users[rows]]
+        arrays, n = _training_block(
+            owners - owners[0], new_item[items[rows]], times[rows], len(new_item), target, only_new
+        )
+        n_targets += n
+        for name, array in arrays.items():
+            parts[name].append(array)
+    # Each list is let go as soon as it is joined, so that the parts are never there twice all together.
+    joined = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
+    for lengths, offsets in (("train_lengths", "train_offsets"), ("target_counts", "target_offsets")):
+        if lengths in joined:
+            joined[offsets] = _offsets(joined.pop(lengths))
+    if "n_baskets" in joined:
+        joined["basket_base"] = _offsets(joined.pop("n_baskets"))[:-1]
+    joined["train_users"] = np.arange(len(joined["train_offsets"]) - 1)
+    return joined, n_targets
+
+
+def _training_block(
+    users: NDArray[np.int32],
+    items: NDArray[np.int32],
+    times: NDArray[np.int64],
+    n_items: int,
+    target: Target,
+    only_new: bool,
+) -> tuple[dict[str, NDArray[Any]], int]:
+    """What :func:`_training` joins, of one block whose users count from 0: lengths where offsets will be."""
     lengths = np.bincount(users)
     offsets = _offsets(lengths)
-    baskets = _basket_numbers(users, times, offsets)
-    arrays: dict[str, NDArray[Any]] = {
-        "train_items": items,
-        "train_baskets": baskets,
-        "train_offsets": offsets,
-        "train_users": np.arange(len(lengths)),
-    }
+    baskets = _basket_numbers(users, times)
+    arrays: dict[str, NDArray[Any]] = {"train_items": items, "train_baskets": baskets, "train_lengths": lengths}
     if target == "next_item":
         has_target = np.ones(len(items), dtype=bool)
         has_target[offsets[:-1]] = False
         if only_new:
-            arrays["train_is_new"] = _first_of_group(users, items, n_items, offsets)
+            arrays["train_is_new"] = _first_of_group(users, items, n_items)
             has_target &= arrays["train_is_new"]
         arrays["train_n_inputs"] = lengths - 1
         return arrays, int(has_target.sum())
     last_basket = baskets[offsets[1:] - 1].astype(np.int64)
     basket_base = np.cumsum(last_basket + 1) - last_basket - 1
     basket = np.repeat(basket_base, lengths) + baskets
-    candidate = _first_of_group(users if only_new else basket, items, n_items, offsets)
+    candidate = _first_of_group(users if only_new else basket, items, n_items)
     n_candidates = np.bincount(basket[candidate], minlength=int((last_basket + 1).sum()))
     n_events = np.bincount(basket)
     is_last = np.zeros(len(n_candidates), dtype=bool)
     is_last[basket_base + last_basket] = True
     arrays["train_n_inputs"] = lengths - n_events[is_last]
-    arrays["basket_base"] = basket_base
+    arrays["n_baskets"] = last_basket + 1
     arrays["target_items"] = items[candidate]
-    arrays["target_offsets"] = _offsets(n_candidates)
+    arrays["target_counts"] = n_candidates.astype(np.int32)
     return arrays, int(n_events[:-1][~is_last[:-1] & (n_candidates[1:] > 0)].sum())
 
 
-def _first_of_group(
-    groups: NDArray[np.integer], items: NDArray[np.int32], n_items: int, offsets: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """``(M,) bool`` first row of each pair (group, item), for groups that lie inside one user.
-
-    Many users at a time, for the sake of memory: a table of hashes takes far more of it than the rows.
-    """
-    parts = np.searchsorted(offsets, np.arange(0, len(items), _ROWS_AT_A_TIME))
-    limits = [*np.unique(offsets[parts]).tolist(), len(items)]
-    first = np.zeros(len(items), dtype=bool)
-    for begin, end in pairwise(limits):
-        pairs = groups[begin:end].astype(np.int64) * n_items + items[begin:end]
-        first[begin:end] = pl.Series(pairs).is_first_distinct().to_numpy()
-    return first
+def _first_of_group(groups: NDArray[np.integer], items: NDArray[np.int32], n_items: int) -> NDArray[np.bool_]:
+    """``(M,) bool`` first row of each pair (group, item)."""
+    return pl.Series(groups.astype(np.int64) * n_items + items).is_first_distinct().to_numpy()
 
 
 def flat_ranges(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -246,11 +284,24 @@ def flat_ranges(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[
     return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
 
 
-def _input_pairs(
-    arrays: dict[str, NDArray[Any]], asked: NDArray[np.int64], stops: NDArray[np.int64], n_items: int
-) -> NDArray[np.int64]:
+def _seen(
+    pairs: NDArray[np.int64],
+    arrays: dict[str, NDArray[Any]],
+    asked: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    n_items: int,
+) -> NDArray[np.bool_]:
+    """Which pairs (user, item), increasing, lie in the input of their user, for users ``asked`` that increase."""
     starts = arrays["all_offsets"][asked]
-    return np.repeat(asked, stops - starts) * n_items + arrays["all_items"][flat_ranges(starts, stops)]
+    seen = np.zeros(len(pairs), dtype=bool)
+    ends = np.cumsum(stops - starts)
+    cuts = np.searchsorted(ends, np.arange(0, ends.max(initial=0), splits.ROWS_AT_A_TIME))
+    for begin, end in pairwise(np.unique([0, *cuts.tolist(), len(asked)]).tolist()):
+        first, last = np.searchsorted(pairs, [asked[begin] * n_items, (asked[end - 1] + 1) * n_items])
+        inputs = arrays["all_items"][flat_ranges(starts[begin:end], stops[begin:end])]
+        of_users = np.repeat(asked[begin:end], stops[begin:end] - starts[begin:end])
+        seen[first:last] = np.isin(pairs[first:last], of_users * n_items + inputs)
+    return seen
 
 
 def _refuse_nothing(counts: dict[str, Any], *, needs_validation: bool) -> None:

@@ -1,9 +1,11 @@
 """Which interactions train, which are asked for: pure functions on arrays.
 
 n interactions, U users, V items. All functions take the interactions sorted by user, then time, then a seeded hash
-that breaks ties, and know no more than these arrays.
+that breaks ties, and know no more than these arrays. Beyond arguments and results they take memory for one block of
+users at a time: temporary integers of all rows would take more than the rows themselves.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +16,9 @@ Target = Literal["next_item", "next_basket"]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
+ROWS_AT_A_TIME = 1 << 21
+"""Rows of a block: large enough that whole-array work on it is all the time, small beside a large table."""
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -22,11 +27,13 @@ class Questions:
     Attributes:
         users: ``(Q,) int64`` users asked for, increasing.
         stops: ``(Q,) int64`` row at which the input of each ends: its rows before, known items only, are the input.
+        n_inputs: ``(Q,) int64`` length of each input, at least 1.
         relevant: ``(n,) bool`` rows whose items are to be found; at least one for each user.
     """
 
     users: Ints
     stops: Ints
+    n_inputs: Ints
     relevant: Bools
 
 
@@ -49,9 +56,41 @@ class Split:
     counts: dict[str, int | float]
 
 
+def user_blocks(users: NDArray[np.integer]) -> Iterator[slice]:
+    """Cut rows into blocks of whole users, each of about :data:`ROWS_AT_A_TIME` rows or of one user.
+
+    Args:
+        users: ``(n,)``, not decreasing.
+
+    Yields:
+        Slices that follow each other and cover all rows.
+    """
+    start = 0
+    while start < len(users):
+        last = users[min(start + ROWS_AT_A_TIME, len(users)) - 1]
+        stop = start + int(np.searchsorted(users[start:], last, side="right"))
+        yield slice(start, stop)
+        start = stop
+
+
+def occurrences(codes: NDArray[np.integer], n: int, among: Bools | None = None) -> Ints:
+    """``(n,)`` how often each of 0..n-1 occurs, a part of the rows at a time: a count widens its rows to int64.
+
+    Args:
+        codes: ``(m,)`` in 0..n-1.
+        n: Number of codes.
+        among: ``(m,) bool`` rows to count; None is all.
+    """
+    counts = np.zeros(n, dtype=np.int64)
+    for start in range(0, len(codes), ROWS_AT_A_TIME):
+        part = slice(start, start + ROWS_AT_A_TIME)
+        counts += np.bincount(codes[part] if among is None else codes[part][among[part]], minlength=n)
+    return counts
+
+
 def enough(codes: NDArray[np.int32], least: int) -> Bools:
     """``(n,) bool``: rows whose code (user or item) occurs at least ``least`` times. One pass, not iterated."""
-    return (np.bincount(codes) >= least)[codes] if len(codes) else np.zeros(0, dtype=bool)
+    return (occurrences(codes, int(codes.max(initial=-1)) + 1) >= least)[codes]
 
 
 def cut_time(times: Ints, test_fraction: float) -> int:
@@ -64,14 +103,12 @@ def cut_time(times: Ints, test_fraction: float) -> int:
         times: ``(n,) int64``, at least one.
         test_fraction: In (0, 1).
     """
-    ordered = np.sort(times)
-    first = len(ordered) - int(len(ordered) * test_fraction)
-    if first == len(ordered):
-        return int(ordered[-1])
-    cut = int(ordered[first])
-    if first > 0 and ordered[first - 1] == cut:
-        later = np.searchsorted(ordered, cut, side="right")
-        cut = int(ordered[min(int(later), len(ordered) - 1)])
+    first = len(times) - int(len(times) * test_fraction)
+    if first == len(times):
+        return int(times.max())
+    cut = int(np.partition(times, first)[first])
+    if np.count_nonzero(times < cut) < first:  # the timestamp begins before: the next one, if there is one
+        cut = int(times[times > cut].min(initial=times.max()))
     return cut
 
 
@@ -112,11 +149,10 @@ def global_time_split(
     """
     cut = cut_time(times, test_fraction)
     early = times < cut
-    seen_early = _occurring(items[early], items)
-    kept = early | seen_early[items]
+    n_users, n_items = len(user_words), int(items.max(initial=-1)) + 1
+    kept = early | (occurrences(items, n_items, early) > 0)[items]
 
-    n_users = len(user_words)
-    candidates = np.unique(users[early]).astype(np.int64)
+    candidates = np.flatnonzero(occurrences(users, n_users, early))
     n_validation = round(validation_user_fraction * len(candidates))
     if validation_user_fraction > 0:
         n_validation = max(1, n_validation)
@@ -124,11 +160,10 @@ def global_time_split(
     aside[candidates[np.argsort(user_words[candidates], kind="stable")[:n_validation]]] = True
 
     train = early & ~aside[users]
-    known_items = _occurring(items[train], items)
+    known_items = occurrences(items, n_items, train) > 0
     known = kept & known_items[items]
     validation = _ask_for_last(users, times, early & aside[users] & known, known, target)
-    trained = np.zeros(n_users, dtype=bool)
-    trained[users[train]] = True
+    trained = occurrences(users, n_users, train) > 0
     asked = kept & ~early & trained[users]
     test = _ask_for_last(users, times, asked, known, target)
     counts: dict[str, int | float] = {
@@ -138,7 +173,7 @@ def global_time_split(
         "test_period_interactions": int(len(early) - early.sum()),
         "test_period_interactions_of_items_seen_before": int((kept & ~early).sum()),
         "validation_users_sampled": int(aside.sum()),
-        "test_users_candidates": len(np.unique(users[asked])),
+        "test_users_candidates": int(np.count_nonzero(occurrences(users, n_users, asked))),
     }
     return Split(train, known_items, validation, test, counts)
 
@@ -156,28 +191,29 @@ def leave_last_out_split(users: NDArray[np.int32], items: NDArray[np.int32], tim
         times: ``(n,) int64``, or any order, not decreasing inside a user.
         target: ``next_item`` or ``next_basket``.
     """
-    first = _group_starts(users, times) if target == "next_basket" else np.arange(len(users))
-    begins = first == np.arange(len(users))
-    unit = np.cumsum(begins) - 1
-    last_unit = np.zeros(int(users.max(initial=-1)) + 1, dtype=np.int64)
-    last_unit[users] = unit  # rows are in order: the last one written stays
-    from_end = last_unit[users] - unit
-    n_units = np.bincount(users[begins], minlength=len(last_unit))
-    split_up = (n_units >= 3)[users]
-    train = ~split_up | (from_end >= 2)
-    known_items = _occurring(items[train], items)
+    train, before_last, last = (np.zeros(len(users), dtype=bool) for _ in range(3))
+    counts: dict[str, int | float] = {"users_split": 0, "users_too_short_to_split": 0}
+    for block in user_blocks(users):
+        owners = users[block] - users[block.start]
+        rows = np.arange(len(owners))
+        first = _group_starts(owners, times[block]) if target == "next_basket" else rows
+        begins = first == rows
+        unit = np.cumsum(begins) - 1
+        last_unit = np.zeros(int(owners[-1]) + 1, dtype=np.int64)
+        last_unit[owners] = unit  # rows are in order: the last one written stays
+        from_end = last_unit[owners] - unit
+        n_units = np.bincount(owners[begins], minlength=len(last_unit))
+        split_up = (n_units >= 3)[owners]
+        train[block] = ~split_up | (from_end >= 2)
+        before_last[block] = split_up & (from_end == 1)
+        last[block] = split_up & (from_end == 0)
+        counts["users_split"] += int((n_units >= 3).sum())
+        counts["users_too_short_to_split"] += int(((n_units > 0) & (n_units < 3)).sum())
+    known_items = occurrences(items, int(items.max(initial=-1)) + 1, train) > 0
     known = known_items[items]
-    validation = _ask_for_last(users, times, split_up & (from_end == 1), known, target)
-    test = _ask_for_last(users, times, split_up & (from_end == 0), known, target)
-    counts: dict[str, int | float] = {
-        "users_split": int((n_units >= 3).sum()),
-        "users_too_short_to_split": int(((n_units > 0) & (n_units < 3)).sum()),
-    }
+    validation = _ask_for_last(users, times, before_last, known, target)
+    test = _ask_for_last(users, times, last, known, target)
     return Split(train, known_items, validation, test, counts)
-
-
-def _occurring(present: NDArray[np.int32], items: NDArray[np.int32]) -> Bools:
-    return np.bincount(present, minlength=int(items.max(initial=-1)) + 1) > 0
 
 
 def _group_starts(users: NDArray[np.int32], times: Ints) -> Ints:
@@ -193,6 +229,21 @@ def _ask_for_last(users: NDArray[np.int32], times: Ints, asked: Bools, known: Bo
 
     Users without a known item in question, or without a known item before it, are not asked.
     """
+    found = [np.zeros((3, 0), dtype=np.int64)]
+    relevant = np.zeros(len(users), dtype=bool)
+    for block in user_blocks(users):
+        owners = users[block] - users[block.start]
+        of_block, relevant[block] = _last_of_block(owners, times[block], asked[block], known[block], target)
+        of_block += np.array([[users[block.start]], [block.start], [0]])
+        found.append(of_block)
+    who, stops, n_inputs = np.concatenate(found, axis=1)
+    return Questions(who, stops, n_inputs, relevant)
+
+
+def _last_of_block(
+    users: NDArray[np.int32], times: Ints, asked: Bools, known: Bools, target: Target
+) -> tuple[Ints, Bools]:
+    """``(3, Q)`` users, stops and lengths of input, and relevant rows, of a block whose users and rows count from 0."""
     rows = np.flatnonzero(asked)
     last = rows[np.flatnonzero(np.r_[users[rows][1:] != users[rows][:-1], True])] if len(rows) else rows
     stops = last
@@ -208,9 +259,9 @@ def _ask_for_last(users: NDArray[np.int32], times: Ints, asked: Bools, known: Bo
     known_before = np.r_[0, np.cumsum(known)]
     begin = np.searchsorted(users, users[last])
     n_input = known_before[stops] - known_before[begin]
-    has_question = np.zeros(int(users.max(initial=-1)) + 1, dtype=bool)
+    has_question = np.zeros(int(users[-1]) + 1, dtype=bool)
     has_question[users[relevant]] = True
     kept = (n_input > 0) & has_question[users[last]]
     answerable = np.zeros(len(has_question), dtype=bool)
     answerable[users[last[kept]]] = True
-    return Questions(users[last[kept]].astype(np.int64), stops[kept].astype(np.int64), relevant & answerable[users])
+    return np.stack([users[last[kept]], stops[kept], n_input[kept]]).astype(np.int64), relevant & answerable[users]

@@ -31,5 +31,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with drafted(Path(path)) as draft:
-            torch.save(checkpoint, draft)
+        # Through a stream of Python, a full disk is an OSError that says so; torch's own has a RuntimeError for it.
+        with drafted(Path(path)) as draft, draft.open("wb") as stream:
+            torch.save(checkpoint, stream)

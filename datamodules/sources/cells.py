@@ -12,6 +12,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from datamodules.sources.first_bytes import check_first_bytes, check_header
+
 Array = NDArray[np.float64]
 Days = NDArray[np.datetime64]
 Rows = NDArray[np.integer]
@@ -30,8 +32,7 @@ def open_table(path: Path) -> pl.DataFrame:
         ValueError: If the file cannot be read, is empty, or has a column twice.
     """
     is_parquet = path.name.lower().endswith(".parquet")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
+    check_first_bytes(path)
     try:
         frame = pl.read_parquet(path, hive_partitioning=False) if is_parquet else pl.read_csv(path, infer_schema=False)
     except _UNREADABLE as error:
@@ -40,9 +41,8 @@ def open_table(path: Path) -> pl.DataFrame:
         raise ValueError(f"{path}: cannot be read as {kind}, truncated or damaged: {reason}") from error
     if frame.is_empty():
         raise ValueError(f"{path}: the file holds no rows")
-    repeated = [name for name in frame.columns if "_duplicated_" in name and name.split("_duplicated_")[0] in frame]
-    if repeated and not is_parquet:
-        raise ValueError(f"{path}: column {repeated[0].split('_duplicated_')[0]!r} occurs twice")
+    if not is_parquet:
+        check_header(path, frame.columns, frame.columns)
     return frame
 
 

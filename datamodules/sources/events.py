@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from datamodules.sources.cells import require_columns
 from datamodules.sources.columns import Columns, as_integer
+from datamodules.sources.first_bytes import check_first_bytes, check_header
 
 NumberUnit = Literal["s", "ms", "us", "days"]
 Duplicates = Literal["keep", "drop", "error"]
@@ -262,11 +263,11 @@ def _open(
 ) -> tuple[pl.LazyFrame, dict[str, pl.DataType], dict[str, pl.Expr]]:
     """Rows with typed columns, their types, and for typed columns of CSV files what the file itself says."""
     is_csv = path.suffix.lower() != ".parquet"
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
+    check_first_bytes(path)
     with _reading(path):
         if is_csv:
             found = pl.scan_csv(path, infer_schema_length=_ROWS_TO_INFER_FROM).collect_schema()
+            check_header(path, list(found), list(roles))
             rows = pl.scan_csv(path, infer_schema=False)
         else:
             rows = pl.scan_parquet(path, hive_partitioning=False)

@@ -14,7 +14,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from datamodules.sources.cells import some
 from datamodules.sources.columns import Columns, as_integer
+from datamodules.sources.first_bytes import check_first_bytes, check_header
 
 Step = dict[str, str | int]
 
@@ -97,11 +99,13 @@ def read_interactions(paths: Sequence[Path], columns: Columns) -> Interactions:
         kept = encoded.select("user_code", "item_code", *columns.orders()).collect(engine="streaming")
     user_ids, item_ids = (table["id"] for table in tables)
     steps.append({"step": "distinct ids", "interactions": kept.height, "users": len(user_ids), "items": len(item_ids)})
+    # A column in parts is copied to be one array: each is let go before the next.
+    arrays = {name: kept.drop_in_place(name).to_numpy() for name in kept.columns}
     return Interactions(
-        users=kept["user_code"].to_numpy(),
-        items=kept["item_code"].to_numpy(),
-        times=kept["time"].to_numpy(),
-        order=kept["order"].to_numpy() if "order" in kept.columns else None,
+        users=arrays["user_code"],
+        items=arrays["item_code"],
+        times=arrays["time"],
+        order=arrays.get("order"),
         user_ids=user_ids,
         item_ids=item_ids,
         steps=steps,
@@ -141,11 +145,11 @@ def _check_condition(file: _File, text: str, condition: pl.Expr) -> None:
 
 def _open(path: Path, columns: Columns, needed: list[str]) -> _File:
     is_csv = path.suffix.lower() == ".csv"
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
+    check_first_bytes(path)
     with _reading([path]):
         if is_csv:
             schema = pl.scan_csv(path, infer_schema_length=_ROWS_TO_INFER_FROM).collect_schema()
+            check_header(path, list(schema), needed)
             rows = pl.scan_csv(path, infer_schema=False)
         else:
             rows = pl.scan_parquet(path, hive_partitioning=False)
@@ -156,7 +160,7 @@ def _open(path: Path, columns: Columns, needed: list[str]) -> _File:
             near = difflib.get_close_matches(name.lower(), [n.lower() for n in schema], n=3, cutoff=0.5)
             hint = [n for n in schema if n.lower() in near] or list(schema)
             word = "nearest" if near else "it has"
-            raise ValueError(f"{path}: no column {name!r} ({roles.get(name, 'where')}), {word}: {', '.join(hint)}")
+            raise ValueError(f"{path}: no column {name!r} ({roles.get(name, 'where')}), {word}: {some(hint)}")
     dtypes: dict[str, pl.DataType] = {name: schema[name] for name in needed}
     if not is_csv:
         return _File(path, rows.select(needed), dtypes, is_csv)

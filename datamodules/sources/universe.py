@@ -29,12 +29,16 @@ def read_tickers(path: Path) -> list[str]:
     """Tickers of a text file, one a line; what follows ``#`` is a comment.
 
     Raises:
-        ValueError: If there is none or one occurs twice.
+        ValueError: If there is none, one occurs twice, or the file is not text.
         FileNotFoundError: If there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"tickers_path: no file {str(path)!r} (looked in {Path.cwd()})")
-    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"tickers_path: {path} is not text in UTF-8, or damaged: {error.reason}") from error
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
     rows = [(row, line) for row, line in enumerate(lines, start=1) if line]
     if not rows:
         raise ValueError(f"{path}: no ticker, give one a line")

@@ -321,7 +321,7 @@ def test_every_shipped_config_parses_and_trains_on_small_data(seqlit, path, shop
 
 WRONG = {
     "test before any fit": (["test"], "no run of this config"),
-    "resume before any fit": (["fit", "--ckpt_path", "last"], "no run of this config"),
+    "resume before any fit": (["fit", "--ckpt_path", "last"], "no unfinished run of this config"),
     "absent checkpoint": (["test", "--ckpt_path", "nowhere.ckpt"], "no such checkpoint: nowhere.ckpt"),
     "checkpoint that is none": (["test", "--ckpt_path", "shop.csv"], "shop.csv is not a checkpoint"),
     "unknown model class": (["fit", "--model.class_path", "lightning_modules.SASRecBCE"], "SASRecBCE"),

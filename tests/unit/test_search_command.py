@@ -13,10 +13,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_modules import search_command
+from lightning_modules import search_process
 from lightning_modules.run_folder import RunLogger
-from lightning_modules.search_command import FitProcess, TrialFailed, logged_values, search, search_main
+from lightning_modules.search_command import search, search_main
 from lightning_modules.search_pictures import short_names
+from lightning_modules.search_process import FitProcess, TrialFailed, logged_values
 from lightning_modules.sweep import Parameter, read_sweep
 
 optuna = pytest.importorskip("optuna", reason="the search needs seqlit[search]")
@@ -338,8 +339,8 @@ def process(monkeypatch, tmp_path):
             "def log(*losses):\n"
             "    path.write_text('epoch,val/loss\\n' + ''.join(f'{n},{x}\\n' for n, x in enumerate(losses)))\n" + code
         )
-        monkeypatch.setattr(search_command, "_FIT", (sys.executable, str(script)))
-        monkeypatch.setattr(search_command, "_POLL", 0.02)
+        monkeypatch.setattr(search_process, "_FIT", (sys.executable, str(script)))
+        monkeypatch.setattr(search_process, "_POLL", 0.02)
         return FitProcess("val/loss", **settings)
 
     return make

@@ -1,0 +1,214 @@
+"""A fitted run of each method: read in a fresh process, walked over for anything but plain values, and spoilt by NaN."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+
+METHODS = {
+    "sasrec_cce": "recommendations.parquet",
+    "concealed_attack": "adversarial_series.parquet",
+    "kernel_attention": "embeddings.parquet",
+    "tda_portfolio": "weights.parquet",
+}
+
+
+class Run:
+    """The folder a run was made in, that of the run itself, and what ``predict`` wrote there at first."""
+
+    def __init__(self, place: Path, table: str) -> None:
+        self.place, self.config = place, place / "toy.yaml"
+        (self.folder,) = place.glob("runs/*/version_0")
+        self.checkpoint = self.folder / "checkpoints" / "best.ckpt"
+        self.table = self.folder / table
+        self.predictions = pl.read_parquet(self.table)
+
+
+@pytest.fixture(scope="session")
+def fitted(toys, tmp_path_factory):
+    """``fitted(method)``: its toy, fitted and predicted once by the real command."""
+    from lightning_modules.cli import main
+
+    made: dict[str, Run] = {}
+
+    def make(method: str) -> Run:
+        if method not in made:
+            place = tmp_path_factory.mktemp(method)
+            (place / "toy.yaml").write_text(yaml.safe_dump(toys.config(method)), encoding="utf-8")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(place)
+                for command in ("fit", "predict"):
+                    patch.setattr(sys, "argv", ["seqlit", command, "--config", "toy.yaml"])
+                    main()
+            made[method] = Run(place, METHODS[method])
+        return made[method]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The order in which a sum is made depends on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# Predicts by the command, then builds the objects in Python, as a notebook would, and predicts once more.
+ELSEWHERE = """
+import sys, warnings
+import torch
+torch.set_num_threads(1)
+real, asked = torch.load, []
+def load(*arguments, **options):
+    asked.append(options.get("weights_only"))
+    return real(*arguments, **options)
+torch.load = load
+
+from lightning import Trainer
+from lightning_modules.cli import CLI_OPTIONS, SeqlitCLI, main
+checkpoint, table, copy = sys.argv[1:]
+sys.argv = ["seqlit", "predict", "--config", "toy.yaml", "--ckpt_path", checkpoint]
+main()
+
+import os
+os.rename(table, copy)
+class Built(SeqlitCLI):
+    def parse_arguments(self, parser, args):
+        self.config = parser.parse_args(args)
+    def _run_subcommand(self, subcommand):
+        pass
+cli = Built(args=sys.argv[1:], trainer_defaults={"callbacks": []}, **CLI_OPTIONS)
+cli.trainer.predict(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True, return_predictions=False)
+assert asked and all(asked), asked
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fresh_process_predicts_the_same_bit_for_bit(fitted, method):
+    run = fitted(method)
+    run.table.unlink()
+    copy = run.place / "by_command.parquet"
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", ELSEWHERE, str(run.checkpoint), str(run.table), str(copy)]
+    done = subprocess.run(command, cwd=run.place, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert pl.read_parquet(copy).equals(run.predictions), "from the command"
+    assert pl.read_parquet(run.table).equals(run.predictions), "from Python"
+
+
+def strangers(value: Any, place: str = "") -> Iterator[str]:
+    """Where something is neither tensor, number, text, list nor dict of these."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            if not isinstance(key, str | int):
+                yield f"{place}: key {key!r}"
+            yield from strangers(one, f"{place}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, one in enumerate(value):
+            yield from strangers(one, f"{place}[{number}]")
+    elif not (value is None or isinstance(value, torch.Tensor | bool | int | float | str)):
+        yield f"{place}: {type(value).__name__}"
+
+
+def test_the_walk_finds_what_is_no_plain_value():
+    assert list(strangers({"a": [1, {"b": torch.nn.ReLU()}]})) == [".a[1].b: ReLU"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoints_and_caches_hold_plain_values_only(fitted, method):
+    run = fitted(method)
+    for path in run.folder.glob("checkpoints/*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        assert not list(strangers(checkpoint))
+        assert not checkpoint.get("hyper_parameters"), "what is injected is rebuilt from the config beside"
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["model"]["class_path"]
+    for path in run.place.rglob("*.np[yz]"):
+        np.load(path, allow_pickle=False)
+    assert not [path for path in run.place.rglob("*") if path.suffix in (".pkl", ".pickle", ".joblib")]
+
+
+def test_nothing_reads_pickles(project):
+    """No import of pickle, no ``np.load(allow_pickle=True)``, no ``torch.load`` without ``weights_only=True``."""
+    for path in [*project.glob("lightning_modules/**/*.py"), *project.glob("datamodules/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.relative_to(project)}, line {getattr(node, 'lineno', 0)}"
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"pickle", "cloudpickle", "dill", "shelve", "joblib"}, where
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("allow_pickle", "False") == "False", where
+                if called == "torch.load":
+                    assert given.get("weights_only") == "True", where
+                assert called not in ("joblib.load", "pd.read_pickle", "yaml.load", "yaml.unsafe_load", "eval", "exec"), where
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_of_another_method_is_refused(fitted, refused, toys, method):
+    other = fitted("tda_portfolio" if method != "tda_portfolio" else "sasrec_cce")
+    line = refused(toys.config(method), "--ckpt_path", other.checkpoint, command="predict")
+    assert "best.ckpt" in line or "state_dict" in line or "checkpoint" in line
+
+
+PLANT = """
+import torch
+from lightning import Callback
+
+
+class PlantNaN(Callback):
+    def __init__(self, at: int, part: str) -> None:
+        self.at, self.part, self.batches = at, part, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.batches == self.at:
+            with torch.no_grad():
+                next(iter(pl_module.get_submodule(self.part).parameters())).fill_(float("nan"))
+            torch.save(batch, "planted.pt")
+        self.batches += 1
+"""
+# Method, what is spoilt, before which batch of the run: for those with two phases, in both.
+SPOILT = [
+    ("sasrec_cce", "", 1),
+    ("concealed_attack", "classifier", 0),
+    ("concealed_attack", "discriminators.0", 1),
+    ("kernel_attention", "model.encoder", 1),
+    ("kernel_attention", "model.aggregators.kernel", 3),
+    ("tda_portfolio", "", 1),
+]
+
+
+@pytest.mark.parametrize(("method", "part", "at"), SPOILT)
+def test_nan_stops_each_method_and_leaves_the_batch(seqlit, toys, tmp_path, monkeypatch, method, part, at):
+    (tmp_path / "planting.py").write_text(PLANT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "planting", raising=False)
+    settings = toys.config(method)
+    planted = {"class_path": "planting.PlantNaN", "init_args": {"at": at, "part": part}}
+    settings["trainer"]["callbacks"].append(planted)
+    (tmp_path / "spoilt.yaml").write_text(yaml.safe_dump(settings))
+    status, _, error = seqlit("fit", "--config", "spoilt.yaml")
+    assert status == 2, error
+    (line,) = error.splitlines()
+    assert line.startswith("seqlit: error: the loss is not finite at epoch ")
+    (run,) = tmp_path.glob("runs/*/version_0")
+    assert "nonfinite_batch.pt" in line
+    kept = torch.load(run / "nonfinite_batch.pt", weights_only=True)
+    given = torch.load(tmp_path / "planted.pt", weights_only=True)
+    assert kept["batch"].keys() == given.keys()
+    for key, value in given.items():
+        assert torch.equal(kept["batch"][key], value), key
+    assert len(kept["parameters"]) == 1
+    assert kept["gradients"]
+    assert not [path for path in run.rglob(".*") if path.is_file()], "a draft was left"
