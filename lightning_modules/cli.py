@@ -73,6 +73,7 @@ _IRRELEVANT = (
 # Runtime errors that are about the user's input: weights that do not fit, a metric to stop by that nobody logs.
 _USERS_RUNTIME_ERRORS = ("Error(s) in loading state_dict", "Early stopping conditioned on metric")
 _OTHERS_WAIT = 5.0  # seconds
+_LONGEST = 470  # signs of a line that somebody reads
 TRACEBACK_VARIABLE = "SEQLIT_TRACEBACK"
 # Some injected classes are dataclasses with subclasses, such as objectives of attacks. Once: a second call is refused.
 set_parsing_settings(subclasses_enabled=["is_pure_dataclass"])
@@ -134,7 +135,8 @@ class SeqlitCLI(LightningCLI):
             raise ValueError("data: no data module given, name one by data.class_path")
         trainer = config.trainer
         if trainer.accumulate_grad_batches < 1:  # which Lightning would divide by
-            raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {trainer.accumulate_grad_batches}")
+            given = trainer.accumulate_grad_batches
+            raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {given}")
         if trainer.strategy == "ddp" or (
             trainer.strategy == "auto" and wants_many(trainer.devices, trainer.num_nodes, trainer.accelerator)
         ):
@@ -239,7 +241,8 @@ def _one_line(message: str) -> str:
         if not in_noise:
             kept.append(words)
     line = re.sub(r"\s+", " ", "; ".join(kept)).replace(":;", ":").strip()
-    return "".join(sign if sign.isprintable() else "\ufffd" for sign in line)  # a file may hold signs that steer terminals
+    # A file may hold signs that steer a terminal.
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in line)
 
 
 def _rank() -> int:
@@ -252,7 +255,9 @@ def _fail(message: str) -> NoReturn:
         # Most errors are those of all processes: the first says it, and its end is theirs.
         time.sleep(_OTHERS_WAIT)
     where = f" in process {_rank()}" if _rank() > 0 else ""
-    print(f"seqlit: error{where}: {_one_line(message)}", file=sys.stderr)
+    line = _one_line(message)
+    line = line if len(line) <= _LONGEST else line[: _LONGEST - 4] + " ..."  # of a list of all weights, for one
+    print(f"seqlit: error{where}: {line}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -10,7 +10,7 @@ import yaml
 def check_config_files(arguments: Sequence[str]) -> None:
     """See that every file named by ``--config`` is a mapping in UTF-8 YAML without repeated keys.
 
-    YAML readers take the last of two equal keys in silence. Whether the keys mean anything is left to the parser, and so
+    YAML readers take the last of two equal keys in silence. Whether keys mean anything is left to the parser, and so
     are files that are absent.
 
     Args:
@@ -43,7 +43,9 @@ def _check(path: Path) -> None:
         raise ValueError(f"config: {path} must hold sections such as trainer, model and data, it holds {_kind(node)}")
     for key, value in node.value:
         if key.value == "trainer" and not isinstance(value, yaml.MappingNode):
-            raise ValueError(f"config: {path}: trainer must hold arguments such as max_epochs: 10, it holds {_kind(value)}")
+            raise ValueError(
+                f"config: {path}: trainer must hold arguments such as max_epochs: 10, it holds {_kind(value)}"
+            )
     nodes: list[Any] = [node]
     while nodes:
         node = nodes.pop()

@@ -246,9 +246,12 @@ class SASRecCCE(LightningModule):
         """Refuse a checkpoint of another catalogue before its weights fail to fit.
 
         Raises:
-            ValueError: If the number of items differs.
+            ValueError: If the number of items differs, or it is of another model.
         """
-        n_items = len(checkpoint["state_dict"]["encoder.item_table.weight"]) - 1
+        table = checkpoint["state_dict"].get("encoder.item_table.weight")
+        if table is None:
+            raise ValueError("checkpoint was written by another model: it holds no encoder.item_table.weight")
+        n_items = len(table) - 1
         if n_items != self.n_items:
             raise ValueError(
                 f"checkpoint was trained on a catalogue of {n_items} items, the data here has {self.n_items}"

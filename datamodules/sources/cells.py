@@ -158,6 +158,6 @@ def numbers_of(path: Path, frame: pl.DataFrame, names: Sequence[str], rows: Rows
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and how many more there are; one that is no line of text is quoted."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(name if name.isprintable() else repr(name) for name in names[:most]) + more

@@ -7,7 +7,7 @@ _PARQUET, _GZIP = b"PAR1", b"\x1f\x8b"
 # How files begin that people take for CSV: more than one reader would show them as a column of a strange name.
 _NO_TEXT = (
     (_PARQUET, "is Parquet, name it .parquet"),
-    (_GZIP, "is gzipped, name it .csv.gz"),
+    (_GZIP, "is gzipped, unpack it"),
     (b"PK\x03\x04", "is a zip archive or a spreadsheet, save it as CSV"),
     (b"\xd0\xcf\x11\xe0", "is a spreadsheet, save it as CSV"),
     (b"\x89PNG", "is a picture"),

@@ -39,10 +39,10 @@ class NaNGuard(Callback):
     batch is held until then, and the names are those of weights and gradients one step later. No checkpoint is written
     before the verdict on its last step. With several processes all end at the same step.
 
-    The run folder then holds ``nonfinite_batch.pt``, with several processes ``nonfinite_batch_rank<r>.pt`` of each whose
-    own loss it was, or of all where only the averaged gradient shows it: a dict of ``batch`` (as the module got it, on
-    the CPU), ``batch_idx``, ``epoch``, ``step`` (optimiser steps before), ``rank``, ``parameters`` and ``gradients``
-    (names of those that are not finite); ``torch.load(..., weights_only=True)`` reads it.
+    The run folder then holds ``nonfinite_batch.pt``, with several processes ``nonfinite_batch_rank<r>.pt`` of each
+    whose own loss it was, or of all where only the averaged gradient shows it. It is a dict of ``batch`` (as the module
+    got it, on the CPU), ``batch_idx``, ``epoch``, ``step`` (optimiser steps before), ``rank``, and ``parameters`` and
+    ``gradients`` (names of those that are not finite); ``torch.load(..., weights_only=True)`` reads it.
 
     With 16-bit loss scaling infinite gradients are the scaler's daily business: there only losses are judged.
     """

@@ -49,7 +49,8 @@ class Toys:
         write_events(folder / "events.csv")
         synthetic_series(48, 20, n_steps=24, noise=0.4, seed=1).write(folder / "series", "Toy", ".tsv")
         self.market = {
-            name: str(file) for name, file in synthetic_market(16, 420, delisted=0.2, seed=2).write(folder / "market").items()
+            name: str(file)
+            for name, file in synthetic_market(16, 420, delisted=0.2, seed=2).write(folder / "market").items()
         }
         self.a_ticker = pl.read_csv(self.market["sectors_path"])["ticker"][0]
 

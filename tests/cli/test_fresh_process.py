@@ -1,4 +1,4 @@
-"""A fitted run of each method: read in a fresh process, walked over for anything but plain values, and spoilt by NaN."""
+"""A fitted run of each method: read in a fresh process, searched for what is no plain value, and spoilt by NaN."""
 
 import ast
 import os
@@ -138,28 +138,31 @@ def test_checkpoints_and_caches_hold_plain_values_only(fitted, method):
     assert not [path for path in run.place.rglob("*") if path.suffix in (".pkl", ".pickle", ".joblib")]
 
 
+FORBIDDEN = ("joblib.load", "pd.read_pickle", "yaml.load", "yaml.unsafe_load", "eval", "exec")
+
+
 def test_nothing_reads_pickles(project):
-    """No import of pickle, no ``np.load(allow_pickle=True)``, no ``torch.load`` without ``weights_only=True``."""
+    """No pickle, no ``joblib.load`` (its parallel calls are fine), no torch or NumPy file that may hold objects."""
     for path in [*project.glob("lightning_modules/**/*.py"), *project.glob("datamodules/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             where = f"{path.relative_to(project)}, line {getattr(node, 'lineno', 0)}"
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & {"pickle", "cloudpickle", "dill", "shelve", "joblib"}, where
+            assert not {name.split(".")[0] for name in names} & {"pickle", "cloudpickle", "dill", "shelve"}, where
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert given.get("allow_pickle", "False") == "False", where
                 if called == "torch.load":
                     assert given.get("weights_only") == "True", where
-                assert called not in ("joblib.load", "pd.read_pickle", "yaml.load", "yaml.unsafe_load", "eval", "exec"), where
+                assert called not in FORBIDDEN, where
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_checkpoint_of_another_method_is_refused(fitted, refused, toys, method):
     other = fitted("tda_portfolio" if method != "tda_portfolio" else "sasrec_cce")
     line = refused(toys.config(method), "--ckpt_path", other.checkpoint, command="predict")
-    assert "best.ckpt" in line or "state_dict" in line or "checkpoint" in line
+    assert any(words in line for words in ("loading state_dict for", "checkpoint was", "holds no")), line
 
 
 PLANT = """
@@ -174,7 +177,8 @@ class PlantNaN(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.batches == self.at:
             with torch.no_grad():
-                next(iter(pl_module.get_submodule(self.part).parameters())).fill_(float("nan"))
+                for weight in pl_module.get_submodule(self.part).parameters():
+                    weight.fill_(float("nan"))
             torch.save(batch, "planted.pt")
         self.batches += 1
 """
@@ -182,10 +186,10 @@ class PlantNaN(Callback):
 SPOILT = [
     ("sasrec_cce", "", 1),
     ("concealed_attack", "classifier", 0),
-    ("concealed_attack", "discriminators.0", 1),
+    ("concealed_attack", "copies.0.0", 3),
     ("kernel_attention", "model.encoder", 1),
-    ("kernel_attention", "model.aggregators.kernel", 3),
-    ("tda_portfolio", "", 1),
+    ("kernel_attention", "model.branches.kernel", 2),
+    ("tda_portfolio", "", 0),
 ]
 
 
@@ -209,6 +213,7 @@ def test_nan_stops_each_method_and_leaves_the_batch(seqlit, toys, tmp_path, monk
     assert kept["batch"].keys() == given.keys()
     for key, value in given.items():
         assert torch.equal(kept["batch"][key], value), key
-    assert len(kept["parameters"]) == 1
+    assert kept["parameters"]
+    assert all(name.startswith(part) for name in kept["parameters"]), "the step was not made"
     assert kept["gradients"]
     assert not [path for path in run.rglob(".*") if path.is_file()], "a draft was left"

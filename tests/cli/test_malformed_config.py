@@ -45,7 +45,9 @@ ARGUMENTS = {
     "events: share that is no number": data(EVENTS, ("test_fraction", "nan"), test_fraction=".nan"),
     "events: negative categories": data(EVENTS, ("max_categories must be at least 1, got -2",), max_categories=-2),
     "series: batch of none": data(SERIES, ("batch_size must be at least 1, got 0",), batch_size=0),
-    "series: share of all": data(SERIES, ("validation_fraction must be at least 0 and below 1, got 1",), validation_fraction=1),
+    "series: share of all": data(
+        SERIES, ("validation_fraction must be at least 0 and below 1, got 1",), validation_fraction=1
+    ),
     "series: a fold too many": data(SERIES, ("fold", "5"), fold=5),
     "series: no step left": data(SERIES, ("max_length", "0"), max_length=0),
     "prices: batch of none": data(PRICES, ("batch_size must be at least 1, got 0",), batch_size=0),
@@ -99,14 +101,16 @@ ARGUMENTS = {
     "unknown data module": Case(SHOP, {"--data.class_path": "datamodules.Interactions"}, ("datamodules.Interactions",)),
     "data module that is none": Case(SHOP, {"--data.class_path": "torch.nn.Linear"}, ("torch.nn.Linear",)),
     "unknown package": Case(SHOP, {"--model": "nowhere.Model"}, ("nowhere.Model",)),
-    "model that is none": Case(SHOP, {"--model": "datamodules.InteractionsDataModule"}, ('"model"', "subclass of LightningModule")),
+    "model that is none": Case(
+        SHOP, {"--model": "datamodules.InteractionsDataModule"}, ('"model"', "subclass of LightningModule")
+    ),
     "callback that is none": Case(SHOP, {"--trainer.callbacks": "torch.nn.ReLU"}, ("torch.nn.ReLU",)),
     "sampler that is none": data(EVENTS, ("torch.nn.ReLU",), sampler="torch.nn.ReLU"),
     "unknown option": Case(SHOP, {"--modle": "x"}, ("unrecognized arguments: --modle",)),
     # Trainer
     "unknown accelerator": trainer("accelerator", "tpuu", "accelerator", "tpuu"),
     "no devices": trainer("devices", 0, "devices"),
-    "negative devices": trainer("devices", -3, "devices", "-3"),
+    "negative devices": trainer("devices", -3, "devices", "> 0"),
     "unknown strategy": trainer("strategy", "magic", "strategy", "magic"),
     "unknown precision": trainer("precision", "8-bit", "trainer.precision", "bf16-mixed"),
     "text for epochs": trainer("max_epochs", "many", "trainer.max_epochs", "int"),
@@ -115,11 +119,11 @@ ARGUMENTS = {
     "share of validation above one": trainer("val_check_interval", 1.7, "val_check_interval"),
     "unknown clipping": trainer("gradient_clip_algorithm", "cut", "gradient_clip_algorithm", "cut"),
     "nothing accumulated": trainer("accumulate_grad_batches", 0, "accumulate_grad_batches", "0"),
-    "unknown profiler": trainer("profiler", "clock", "profiler", "clock"),
+    "unknown profiler": trainer("profiler", "clock", "profiler", "'simple', 'advanced'"),
     "time in no form": trainer("max_time", "soon", "soon"),
     "unknown argument of the trainer": trainer("max_epocs", 3, "max_epocs"),
     "seed that is none": Case(SHOP, {"--seed_everything": "lucky"}, ("seed_everything", "int")),
-    "negative seed": Case(SHOP, {"--seed_everything": -1}, ("seed", "-1")),
+    "negative seed": Case(SHOP, {"--seed_everything": -1}, ("-1 is not in bounds", "from 0 to")),
 }
 
 
@@ -146,10 +150,16 @@ FILES = {
     ),
     "a section twice": (b"trainer: {}\nmodel: {}\ntrainer: {}\n", ("wrong.yaml, line 3", "'trainer'", "line 1")),
     "a quote left open": (b'trainer:\n  accelerator: "cpu\n', ("wrong.yaml, line 3: is not YAML",)),
-    "latin-1": ("trainer: {max_epochs: 1}  # caf\xe9\n".encode("latin-1"), ("wrong.yaml is not text in UTF-8", "byte 31")),
+    "latin-1": (
+        "trainer: {max_epochs: 1}  # caf\xe9\n".encode("latin-1"),
+        ("wrong.yaml is not text in UTF-8", "byte 31"),
+    ),
     "utf-16": ("trainer: {max_epochs: 1}\n".encode("utf-16"), ("wrong.yaml is not text in UTF-8",)),
     "binary": (b"\x00\x01\x02\x03", ("wrong.yaml is not YAML",)),
-    "a Python object": (b"trainer: !!python/object/apply:os.system ['touch owned']\n", ("python/object", "line 1")),
+    "a Python object": (
+        b"trainer: !!python/object/apply:os.system ['touch owned']\n",
+        ("wrong.yaml: trainer must hold arguments", "it holds a list"),
+    ),
     "an unknown section": (b"model: lightning.pytorch.demos.boring_classes.BoringModel\nmodels: {a: 1}\n", ("models",)),
     "a list for a section": (
         b"model: lightning.pytorch.demos.boring_classes.BoringModel\ntrainer: [1, 2]\n",
@@ -176,8 +186,10 @@ WHOLE = {
     "one stock": (PRICES, ["--data.init_args.tickers_path", "one.txt"], "n_clusters must be at most the number"),
     "more clusters than stocks": (
         PRICES,
-        ["--model.init_args.clusterers", "[{class_path: lightning_modules.portfolio.clusterers.WardClusters, "
-         "init_args: {n_clusters: 60}}]"],
+        [
+            "--model.init_args.clusterers",
+            "[{class_path: lightning_modules.portfolio.clusterers.WardClusters, init_args: {n_clusters: 60}}]",
+        ],
         "n_clusters must be at most the number of eligible stocks",
     ),
     "a learning rate that is no number": (SHOP, ["--model.init_args.optimizer.init_args.lr", ".nan"], "nan"),
@@ -280,8 +292,14 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(seqlit, toys, tmp_path,
 CONSOLE = {
     "no config": ([], ("fit.model",)),
     "absent config": (["--config", "absent.yaml"], ("absent.yaml",)),
-    "wrong argument": (["--config", "toy.yaml", "--data.init_args.batch_size", "0"], ("batch_size must be at least 1",)),
-    "absent data": (["--config", "toy.yaml", "--data.init_args.paths", "absent.csv"], ("no file matches 'absent.csv'",)),
+    "wrong argument": (
+        ["--config", "toy.yaml", "--data.init_args.batch_size", "0"],
+        ("batch_size must be at least 1",),
+    ),
+    "absent data": (
+        ["--config", "toy.yaml", "--data.init_args.paths", "absent.csv"],
+        ("no file matches 'absent.csv'",),
+    ),
 }
 
 

@@ -11,14 +11,22 @@ import numpy as np
 import polars as pl
 import pytest
 
-PNG = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBBBBB", 4, 4, 8, 6, 0, 0, 0) + b"\x00" * 40
-SHOP = "customer,article,day\n" + "".join(f"c{u},a{(u + v) % 5},2024-01-{1 + v:02d}\n" for u in range(8) for v in range(8))
+PNG = (
+    b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBBBBB", 4, 4, 8, 6, 0, 0, 0) + b"\x00" * 40
+)
+SHOP = "customer,article,day\n" + "".join(
+    f"c{u},a{(u + v) % 5},2024-01-{1 + v:02d}\n" for u in range(8) for v in range(8)
+)
 EVENTS = "customer,when,code,amount\n" + "".join(
     f"u{u},2020-01-{1 + v:02d} 10:00:00,k{v % 3},{u + v}.5\n" for u in range(16) for v in range(20)
 )
 DAYS = [str(day) for day in np.datetime64("2015-01-01") + np.arange(300) if np.is_busday(day)]
-PRICES = "Date,AAA,BBB,CCC,DDD\n" + "".join(f"{day},{100 + i},{90 + i % 7},{80 + i % 5},{70 + i % 3}\n" for i, day in enumerate(DAYS))
-LONG = "Date,ticker,close\n" + "".join(f"{day},{name},{100 + i % 9}\n" for name in ("AAA", "BBB") for i, day in enumerate(DAYS))
+PRICES = "Date,AAA,BBB,CCC,DDD\n" + "".join(
+    f"{day},{100 + i},{90 + i % 7},{80 + i % 5},{70 + i % 3}\n" for i, day in enumerate(DAYS)
+)
+LONG = "Date,ticker,close\n" + "".join(
+    f"{day},{name},{100 + i % 9}\n" for name in ("AAA", "BBB") for i, day in enumerate(DAYS)
+)
 SERIES = "".join(f"{1 + n % 2}\t" + "\t".join(f"{np.sin(n + t):.3f}" for t in range(12)) + "\n" for n in range(12))
 
 FILES = {"shop": ("shop.csv", SHOP), "events": ("events.csv", EVENTS), "prices": ("prices.csv", PRICES)}
@@ -90,11 +98,17 @@ CASES = {
     "prices: header only": Case("prices", "Date,AAA,BBB\n", ("prices.csv", "the file holds no rows")),
     "series: header only": Case("series", "@classLabel true 1 2\n@data\n", ("no series",), "Toy_TRAIN.ts"),
     "shop: truncated Parquet": Case("shop", of_text(SHOP)[:-100], ("cannot be read as Parquet",), "shop.parquet"),
-    "events: truncated Parquet": Case("events", of_text(EVENTS)[:-100], ("events.parquet: cannot be read",), "events.parquet"),
-    "prices: truncated Parquet": Case("prices", of_text(PRICES)[:-100], ("cannot be read as Parquet",), "prices.parquet"),
+    "events: truncated Parquet": Case(
+        "events", of_text(EVENTS)[:-100], ("events.parquet: cannot be read",), "events.parquet"
+    ),
+    "prices: truncated Parquet": Case(
+        "prices", of_text(PRICES)[:-100], ("cannot be read as Parquet",), "prices.parquet"
+    ),
     "shop: a gzipped CSV": Case("shop", gzip.compress(SHOP.encode()), ("shop.csv", "it is gzipped")),
     "prices: a spreadsheet named CSV": Case("prices", b"PK\x03\x04" * 9, ("prices.csv", "a spreadsheet")),
-    "shop: damaged Parquet": Case("shop", b"PAR1" + b"\x00" * 64 + b"PAR1", ("cannot be read as Parquet",), "shop.parquet"),
+    "shop: damaged Parquet": Case(
+        "shop", b"PAR1" + b"\x00" * 64 + b"PAR1", ("cannot be read as Parquet",), "shop.parquet"
+    ),
     "events: damaged Parquet": Case(
         "events", of_text(EVENTS).replace(b"u1", b"\xff\xff"), ("events.parquet: cannot be read",), "events.parquet"
     ),
@@ -112,13 +126,19 @@ CASES = {
     "prices: gz that is none": Case("prices", PRICES, ("prices.csv.gz: cannot be read as gzip",), "prices.csv.gz"),
     "events: gz that is none": Case("events", EVENTS, ("events.csv.gz: cannot be read as gzip",), "events.csv.gz"),
     "series: gz that is none": Case("series", SERIES, ("cannot be read",), "Toy_TRAIN.tsv.gz"),
-    "prices: truncated gz": Case("prices", gzip.compress(PRICES.encode())[:200], ("prices.csv.gz: cannot be read", "truncated"), "prices.csv.gz"),
-    "events: truncated gz": Case("events", gzip.compress(EVENTS.encode())[:200], ("events.csv.gz: cannot be read", "truncated"), "events.csv.gz"),
+    "prices: truncated gz": Case(
+        "prices", gzip.compress(PRICES.encode())[:200], ("prices.csv.gz: cannot be read", "truncated"), "prices.csv.gz"
+    ),
+    "events: truncated gz": Case(
+        "events", gzip.compress(EVENTS.encode())[:200], ("events.csv.gz: cannot be read", "truncated"), "events.csv.gz"
+    ),
     "series: truncated gz": Case("series", gzip.compress(SERIES.encode())[:90], ("truncated",), "Toy_TRAIN.tsv.gz"),
     "series: damaged gz": Case("series", b"\x1f\x8b" + zlib.compress(b"x"), ("damaged",), "Toy_TRAIN.tsv.gz"),
     # Columns
     "shop: column missing": Case("shop", with_header(SHOP, "customr,article,day"), ("no column 'customer'", "customr")),
-    "events: column missing": Case("events", with_header(EVENTS, "customer,when,kode,amount"), ("no column 'code'", "kode")),
+    "events: column missing": Case(
+        "events", with_header(EVENTS, "customer,when,kode,amount"), ("no column 'code'", "kode")
+    ),
     "prices: date missing": Case("prices", with_header(PRICES, "day,AAA,BBB,CCC,DDD"), ("no column 'Date'", "day")),
     "prices: price column missing": Case(
         "prices", LONG, ("no column 'price'",), arguments={"ticker_column": "ticker", "price_column": "price"}
@@ -132,7 +152,9 @@ CASES = {
     ),
     "prices: column twice": Case("prices", with_header(PRICES, "Date,AAA,BBB,AAA,DDD"), ("'AAA' occurs twice",)),
     "shop: columns swapped": Case("shop", with_header(SHOP, "customer,day,article"), ("column 'day', row 1", "'a0'")),
-    "events: columns swapped": Case("events", with_header(EVENTS, "when,customer,code,amount"), ("column 'when'", "'u0'")),
+    "events: columns swapped": Case(
+        "events", with_header(EVENTS, "when,customer,code,amount"), ("column 'when'", "'u0'")
+    ),
     "prices: columns swapped": Case(
         "prices",
         with_header(LONG, "Date,close,ticker"),
@@ -145,7 +167,9 @@ CASES = {
     "series: a row too short": Case("series", SERIES + "1\t0.5\t0.5\n", ("row 13", "2 values, expected 12")),
     # Types
     "events: text among numbers": Case("events", changed(EVENTS, 7, 3, "much"), ("'amount', row 7", "'much'")),
-    "prices: text among numbers": Case("prices", changed(PRICES, 9, 2, "high"), ("'BBB', row 9", "'high' is not a number")),
+    "prices: text among numbers": Case(
+        "prices", changed(PRICES, 9, 2, "high"), ("'BBB', row 9", "'high' is not a number")
+    ),
     "series: text among numbers": Case("series", series(3, 4, "up"), ("row 3, column 5", "'up' is not a number")),
     "shop: text among times": Case("shop", changed(SHOP, 5, 2, "tuesday"), ("'day', row 5", "'tuesday'")),
     "shop: numbers, then dates": Case(
@@ -157,7 +181,10 @@ CASES = {
         "shop", as_parquet(customer=[[1]], article=["a"], day=[1]), ("'customer'", "List"), "shop.parquet"
     ),
     "shop: floats as ids": Case(
-        "shop", as_parquet(customer=[1.5], article=["a"], day=[1]), ("integers or strings, got Float64",), "shop.parquet"
+        "shop",
+        as_parquet(customer=[1.5], article=["a"], day=[1]),
+        ("integers or strings, got Float64",),
+        "shop.parquet",
     ),
     "events: floats as ids": Case(
         "events",
@@ -181,7 +208,10 @@ CASES = {
         "events.parquet",
     ),
     "prices: flags as prices": Case(
-        "prices", as_parquet(Date=["2015-01-01"], AAA=[True]), ("'AAA' must hold numbers, got Boolean",), "prices.parquet"
+        "prices",
+        as_parquet(Date=["2015-01-01"], AAA=[True]),
+        ("'AAA' must hold numbers, got Boolean",),
+        "prices.parquet",
     ),
     "prices: flags as dates": Case(
         "prices", as_parquet(Date=[True], AAA=[1.0]), ("'Date' must hold dates, got Boolean",), "prices.parquet"
@@ -195,7 +225,9 @@ CASES = {
     # Encodings
     "shop: latin-1": Case("shop", changed(SHOP, 3, 0, "café").encode("latin-1"), ("shop.csv", "cannot be read as CSV")),
     "events: latin-1": Case("events", changed(EVENTS, 3, 0, "café").encode("latin-1"), ("events.csv", "utf-8")),
-    "prices: latin-1": Case("prices", with_header(PRICES, "Date,AAA,BBB,CCC,É").encode("latin-1"), ("prices.csv", "not UTF-8")),
+    "prices: latin-1": Case(
+        "prices", with_header(PRICES, "Date,AAA,BBB,CCC,É").encode("latin-1"), ("prices.csv", "not UTF-8")
+    ),
     "series: latin-1": Case("series", series(3, 0, "é").encode("latin-1"), ("Toy_TRAIN.tsv", "cannot be read")),
     "shop: utf-16": Case("shop", SHOP.encode("utf-16"), ("shop.csv", "it is UTF-16, save it as UTF-8")),
     "events: utf-16": Case("events", EVENTS.encode("utf-16"), ("events.csv", "it is UTF-16, save it as UTF-8")),
@@ -220,17 +252,22 @@ CASES = {
         ("column 'when' (time_column)", "time_unit"),
     ),
     "shop: not as time_format": Case("shop", SHOP, ("'day', row 1", "%d/%m/%Y"), arguments={"time_format": "%d/%m/%Y"}),
-    "prices: a day twice": Case("prices", PRICES + PRICES.splitlines()[5] + "\n", ("'Date', row 215", "dates must increase")),
-    "prices: the test lies elsewhere": Case("prices", PRICES, ("2031-01-01",), arguments={"test_start": "2031-01-01", "test_end": None}),
+    "prices: a day twice": Case(
+        "prices", PRICES + PRICES.splitlines()[5] + "\n", ("'Date', row 215", "dates must increase")
+    ),
+    "prices: the test lies elsewhere": Case(
+        "prices", PRICES, ("2031-01-01",), arguments={"test_start": "2031-01-01", "test_end": None}
+    ),
     # Sizes
     "shop: one row": Case("shop", "customer,article,day\nc1,a1,2024-01-01\n", ("at least 2 users", "got 1")),
     "shop: one user": Case("shop", rows(SHOP, lambda row: row[0] == "c3"), ("at least 2 users", "'c3'")),
-    "shop: users too short": Case("shop", SHOP, ("nothing is left after step 'min_user_count 99'",), arguments={"min_user_count": 99}),
+    "shop: users too short": Case(
+        "shop", SHOP, ("nothing is left after step 'min_user_count 99'",), arguments={"min_user_count": 99}
+    ),
     "events: one row": Case("events", "customer,when,code,amount\nu1,2020-01-01,k,1\n", ("no train users", "1 users")),
     "events: one user": Case("events", rows(EVENTS, lambda row: row[0] == "u3"), ("no train users", "1 users")),
     "prices: one day": Case("prices", "Date,AAA,BBB\n2015-01-01,1,2\n", ("at least two prices", "AAA 1")),
     "series: one step": Case("series", "1\t0.1\n2\t0.7\n", ("Toy_TEST.tsv: series of 12 values, Toy_TRAIN.tsv has 1",)),
-    "series: one of a class": Case("series", "".join(SERIES.splitlines(keepends=True)[:2]), ("class",)),
     "series: lengths differ": Case("series", SERIES.replace("\t", "\t0.5\t", 12), ("row 2: 12 values, expected 24",)),
     # Numbers
     "events: infinite": Case("events", changed(EVENTS, 8, 3, "inf"), ("'amount', row 8", "not a finite number")),
@@ -243,7 +280,9 @@ CASES = {
     "series: NaN": Case("series", series(2, 3, "NaN"), ("row 2, column 4",)),
     "series: beyond float32": Case("series", series(2, 3, "1e39"), ("row 2, column 4", "1e39")),
     # Tables beside the prices
-    "sectors: a ticker twice": Case("sectors_path", "ticker,sector\nAAA,x\nAAA,y\n", ("row 2", "'AAA' is already in row 1")),
+    "sectors: a ticker twice": Case(
+        "sectors_path", "ticker,sector\nAAA,x\nAAA,y\n", ("row 2", "'AAA' is already in row 1")
+    ),
     "sectors: no such column": Case("sectors_path", "ticker,branch\nAAA,x\n", ("no column 'sector'",)),
     "membership: ends before it starts": Case(
         "membership_path", "ticker,start,end\nAAA,2015-02-01,2015-01-01\n", ("'end', row 1", "before the start")
@@ -258,7 +297,9 @@ CASES = {
     "shop: condition that is none": Case("shop", SHOP, ("where: 'price >'",), arguments={"where": ["price >"]}),
     "shop: condition on no column": Case("shop", SHOP, ("no column 'price'",), arguments={"where": ["price > 1"]}),
     "events: condition that is none": Case("events", EVENTS, ("where: 'amount +'",), arguments={"where": ["amount +"]}),
-    "events: expression that is none": Case("events", EVENTS, ("derived 'amount': '1 +'",), arguments={"derived": {"amount": "1 +"}}),
+    "events: expression that is none": Case(
+        "events", EVENTS, ("derived 'amount': '1 +'",), arguments={"derived": {"amount": "1 +"}}
+    ),
 }
 
 
@@ -302,12 +343,3 @@ def test_a_file_that_cannot_serve(refused, settings_of, name):
     line = refused(settings_of(case))
     for words in case.words:
         assert words in line
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_a_mark_of_utf8_is_no_fault(settings_of, kind, tmp_path):
-    """Spreadsheets write one before the first column, whose name must be found nevertheless."""
-    data = settings_of(Case(kind, FILES[kind][1].encode("utf-8-sig"), ()))["data"]
-    assert data["init_args"]["paths"]
-    line = pl.read_csv(tmp_path / data["init_args"]["paths"]).columns[0]
-    assert line in ("customer", "Date")

@@ -66,7 +66,9 @@ class TestGuard:
     def test_the_batch_is_kept_and_the_weights_are_those_before_the_step(self, tmp_path, manual, fault):
         toy = Toy(manual=manual, fault=fault)
         what = "a gradient" if fault == "gradient" else "the loss"
-        with pytest.raises(ValueError, match=rf"^{what} is not finite at epoch 0, batch 3, step \d+; gradients: .*") as raised:
+        with pytest.raises(
+            ValueError, match=rf"^{what} is not finite at epoch 0, batch 3, step \d+; gradients: .*"
+        ) as raised:
             fit(tmp_path, toy)
         assert "\n" not in str(raised.value)
         kept = torch.load(tmp_path / "nonfinite_batch.pt", weights_only=True)
