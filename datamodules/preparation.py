@@ -17,6 +17,8 @@ from datamodules.sources.columns import Columns
 from datamodules.sources.tabular import Interactions, read_interactions
 from datamodules.splits import Target, enough, global_time_split, leave_last_out_split, occurrences, user_blocks
 
+_MOST_BLOCKS_OF_A_SORT = 32
+
 logger = logging.getLogger(__name__)
 
 
@@ -118,7 +120,8 @@ def _in_order(
     users = np.repeat(np.arange(len(counts), dtype=np.int32), counts)  # as the sort will have them
     items, times = np.empty(len(users), dtype=np.int32), np.empty(len(users), dtype=np.int64)
     item_words = hash_ids(table.item_ids)
-    for block in user_blocks(users):
+    # Each block reads the whole table: with ever more blocks the time would grow with the square of the rows.
+    for block in user_blocks(users, at_most=_MOST_BLOCKS_OF_A_SORT):
         first, last = users[block.start], users[block.stop - 1]
         rows = np.flatnonzero(kept & (table.users >= first) & (table.users <= last))
         owners, bought, when = table.users[rows], table.items[rows], table.times[rows]

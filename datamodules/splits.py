@@ -56,18 +56,20 @@ class Split:
     counts: dict[str, int | float]
 
 
-def user_blocks(users: NDArray[np.integer]) -> Iterator[slice]:
+def user_blocks(users: NDArray[np.integer], at_most: int | None = None) -> Iterator[slice]:
     """Cut rows into blocks of whole users, each of about :data:`ROWS_AT_A_TIME` rows or of one user.
 
     Args:
         users: ``(n,)``, not decreasing.
+        at_most: Number of blocks; where there would be more of them they are larger.
 
     Yields:
         Slices that follow each other and cover all rows.
     """
+    n_rows = ROWS_AT_A_TIME if at_most is None else max(ROWS_AT_A_TIME, -(-len(users) // at_most))
     start = 0
     while start < len(users):
-        last = users[min(start + ROWS_AT_A_TIME, len(users)) - 1]
+        last = users[min(start + n_rows, len(users)) - 1]
         stop = start + int(np.searchsorted(users[start:], last, side="right"))
         yield slice(start, stop)
         start = stop

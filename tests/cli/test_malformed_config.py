@@ -151,8 +151,8 @@ FILES = {
     "a section twice": (b"trainer: {}\nmodel: {}\ntrainer: {}\n", ("wrong.yaml, line 3", "'trainer'", "line 1")),
     "a quote left open": (b'trainer:\n  accelerator: "cpu\n', ("wrong.yaml, line 3: is not YAML",)),
     "latin-1": (
-        "trainer: {max_epochs: 1}  # caf\xe9\n".encode("latin-1"),
-        ("wrong.yaml is not text in UTF-8", "byte 31"),
+        "trainer: {max_epochs: 1}  # n\xe9\n".encode("latin-1"),
+        ("wrong.yaml is not text in UTF-8", "byte 29"),
     ),
     "utf-16": ("trainer: {max_epochs: 1}\n".encode("utf-16"), ("wrong.yaml is not text in UTF-8",)),
     "binary": (b"\x00\x01\x02\x03", ("wrong.yaml is not YAML",)),

@@ -239,8 +239,11 @@ def test_blocks_are_whole_users_and_not_much_larger_than_asked(lengths, rows_at_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splits, "ROWS_AT_A_TIME", rows_at_a_time)
         blocks = list(user_blocks(users))
+        few = list(user_blocks(users, at_most=3))
         counts = occurrences(users, 60, users % 2 == 0)
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(len(users)))
+    assert len(few) <= 3
+    assert [row for block in few for row in range(block.start, block.stop)] == list(range(len(users)))
     for block in blocks:
         assert block.stop == len(users) or users[block.stop] != users[block.stop - 1]
         assert block.stop - block.start < rows_at_a_time + max(lengths)
