@@ -319,7 +319,8 @@ def test_fit_stop_resume_and_test_are_one_run_of_wandb(seqlit, toys, project, mo
     (third,) = set(run.glob("wandb/offline-run-*")) - {first, second}
     found = records(third)
     assert (run / "wandb.json").read_bytes() == identity
-    assert {one.name.rpartition("-")[2] for one in (first, second, third)} == {json.loads(identity)["id"]}
+    # two folders of one second have a number behind the id
+    assert all(json.loads(identity)["id"] in one.name.split("-") for one in (first, second, third))
     logged = history(found)
     report = run / "report"
     pictures = {path.stem for path in report.glob("*.png")}

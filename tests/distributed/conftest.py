@@ -54,6 +54,8 @@ def in_processes(tmp_path_factory):
                     "TORCHELASTIC_RUN_ID": "test",
                     "GLOO_SOCKET_IFNAME": "lo",
                     "OMP_NUM_THREADS": "1",
+                    # What draws by the seed of the run must find this process' here too, or none.
+                    "PL_GLOBAL_SEED": os.environ.get("PL_GLOBAL_SEED"),
                 },
             }
             process = context.Process(

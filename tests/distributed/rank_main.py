@@ -10,7 +10,10 @@ import torch
 
 if __name__ == "rank":
     task = globals()["TASK"]
-    os.environ.update(task["environment"])
+    for name, value in task["environment"].items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     log = Path(task["out"]).with_suffix(".log").open("w", buffering=1)
     sys.stdout = sys.stderr = log
     torch.set_num_threads(1)
