@@ -101,10 +101,11 @@ CLI_OPTIONS: dict[str, Any] = {
 
 
 class _Printed(logging.Handler):
-    """Shows what the data modules say of their steps."""
+    """Shows what the data modules say of their steps, in the first process."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"data: {record.getMessage()}", flush=True)
+        if _rank() == 0:
+            print(f"data: {record.getMessage()}", flush=True)
 
 
 class SeqlitCLI(LightningCLI):
@@ -185,7 +186,8 @@ class SeqlitCLI(LightningCLI):
             config.ckpt_path = str(run / "checkpoints" / checkpoint)
             facts = read_fit_facts(run)
             which = f"a run of {facts['epochs']} epochs" if facts else "an unfinished run"
-            print(f"seqlit: {config.ckpt_path}, of {which}", flush=True)
+            if _rank() == 0:
+                print(f"seqlit: {config.ckpt_path}, of {which}", flush=True)
         run = Path(config.ckpt_path).parent.parent
         if (run / "config.yaml").is_file():
             # Results go beside the checkpoint they came from, and the metrics of the fit stay as they are.
