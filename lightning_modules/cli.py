@@ -301,7 +301,8 @@ def main() -> None:
         if foreign or os.environ.get(TRACEBACK_VARIABLE):
             raise
         _fail(_missing_extra(str(error)) or str(error))
-    finally:
+    else:
+        # After an error others may wait in a collective, and so would this process.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -78,7 +78,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gather_objects(own: _T) -> list[_T]:
-    """What every process holds, by rank; tensors arrive on the CPU. Meant for states and reports, not for steps."""
+    """What every process holds, by rank; tensors should be on the CPU. Meant for states and reports, not for steps."""
     if n_processes() == 1:
         return [own]
     found: list[Any] = [None] * n_processes()
@@ -139,12 +139,23 @@ def from_first(compute: Callable[[], _T]) -> _T:
         try:
             outcome[0] = compute()
         except Exception as error:
-            distributed.broadcast_object_list([None, error], src=0)
+            sent = _plain(error)
+            distributed.broadcast_object_list([None, sent], src=0)
             raise
     distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _plain(error: Exception) -> Exception:
+    """The error again from its message alone: what it holds beside may not be sent."""
+    try:
+        if type(error).__module__ == "builtins":
+            return type(error)(str(error))
+    except TypeError:  # wants more than a message
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def same_everywhere(module: nn.Module) -> None:

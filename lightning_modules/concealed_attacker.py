@@ -69,8 +69,7 @@ class ConcealedAttacker(LightningModule):
 
     Of several processes each takes its part of a batch, and gradients are those of the joined batch; adversarial series
     are made by the process that needs them first, and given to all. Attacks are chosen, and judges fitted, by the first
-    for all. Batch normalisation (:class:`~lightning_modules.networks.ResCNN`) has the statistics of each process' part,
-    unless the trainer's ``sync_batchnorm``, which needs GPUs, is on.
+    for all. Batch normalisation (:class:`~lightning_modules.networks.ResCNN`) has the statistics of each process' part.
 
     Logged: ``train/loss``, ``val/loss`` of what is being trained; ``val/accuracy`` of the classifier;
     ``val/<discriminator>/auc`` of all validation series against those of its present level; ``val/<attack>/success`` in
@@ -360,9 +359,6 @@ class ConcealedAttacker(LightningModule):
         """Step by the mean over the series of all processes; ``loss`` is that of ``n_series`` here, None of 0."""
         factor = share(n_series, device=self.device)
         optimizer.zero_grad()
-        if loss is None and any(isinstance(layer, nn.SyncBatchNorm) for layer in network.modules()):
-            # The others' norms wait for what this process adds to their statistics, which is nothing.
-            loss = call(network, batch["series"][:0], batch["mask"][:0]).sum()
         if loss is not None:
             self.manual_backward(loss * factor)
         optimizer.step()

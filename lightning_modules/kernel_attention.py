@@ -306,7 +306,8 @@ class KernelAttentionAggregator(LightningModule):
         """
         if self.trainer.sanity_checking:
             return
-        losses = from_first(lambda: self._validation_losses(batch))
+        found = from_first(lambda: self._validation_losses(batch))
+        losses = {name: value.to(self.device) for name, value in found.items()}  # where they are summed up
         loss = losses.pop("encoder") if self._is_pretraining else torch.stack(list(losses.values())).mean()
         # The same in all processes: what is synchronised is equal.
         self.log("val/loss", loss, prog_bar=True, batch_size=1, sync_dist=True)

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_modules.collectives import average_gradients, same_everywhere
@@ -39,12 +37,16 @@ class ReplicatedStrategy(DDPStrategy):
         super().__init__(timeout=timedelta(seconds=timeout), **kwargs)
 
     def setup(self, trainer: Trainer) -> None:
-        """As of ``DDPStrategy``; ``sync_batchnorm``, which torch has for GPUs alone, is passed over on CPUs."""
-        if self._layer_sync and self.root_device.type == "cpu":
-            self._layer_sync = None
-            assert self.model is not None
-            if trainer.training and any(isinstance(part, _BatchNorm) for part in self.model.modules()):
-                rank_zero_warn("sync_batchnorm needs GPUs: batch normalisation takes each process' own batches here")
+        """As of ``DDPStrategy``.
+
+        Raises:
+            ValueError: With ``sync_batchnorm``: torch's layer takes no mask, and waits for processes without rows.
+        """
+        if self._layer_sync:
+            raise ValueError(
+                "trainer.sync_batchnorm must be false: batch normalisation here takes the valid steps of each process' "
+                "own batch, which torch's synchronised layer cannot, got true"
+            )
         super().setup(trainer)
 
     def configure_ddp(self) -> None:

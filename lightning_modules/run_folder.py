@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+_RUNNING = "running.json"
 BEST, LAST = "best.ckpt", "last.ckpt"
 _DRAFT = re.compile(r"\..+\.\d+(\.\w+)?")
 _SPEED_ONLY = frozenset({"eval_batch_size", "num_workers", "n_workers", "cache_dir", "impl", "progress"})
@@ -136,6 +139,7 @@ def newest_unfinished_run(root: Path, config: Mapping[str, Any], asked: Mapping[
 
     Raises:
         FileNotFoundError: If there is none; says what was found instead.
+        ValueError: If the run is still at work on this machine.
     """
     wanted = identity(config)
     same = other = ""
@@ -149,11 +153,40 @@ def newest_unfinished_run(root: Path, config: Mapping[str, Any], asked: Mapping[
         elif not (run / "checkpoints" / LAST).is_file():
             same = same or f"the newest, {run}, was ended before its first {LAST}"
         else:
+            pid = _worker(run)
+            if pid is not None:
+                raise ValueError(f"{run} is still being trained, by process {pid}: wait for it, or end it first")
             return run
     raise FileNotFoundError(
         f"no unfinished run of this config in {root} ({same or other or 'there is no run'}); to start one, leave out "
         "--ckpt_path last"
     )
+
+
+def mark_running(run: Path, *, running: bool) -> None:
+    """Write who is at work on a run, or take the note away; one of a process that was killed stays behind."""
+    if running:
+        write_whole(run / _RUNNING, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+    else:
+        (run / _RUNNING).unlink(missing_ok=True)
+
+
+def _worker(run: Path) -> int | None:
+    """The process of this machine that is at work on a run; of other machines nothing can be said."""
+    try:
+        note = json.loads((run / _RUNNING).read_text(encoding="utf-8"))
+        host, pid = str(note["host"]), int(note["pid"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    if host != socket.gethostname() or pid == os.getpid():  # in a container every first process has one number
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return pid
 
 
 def is_less_than_asked(done: Mapping[str, int], asked: Mapping[str, int]) -> bool:
@@ -205,6 +238,7 @@ class RunLogger(CSVLogger):
         super().__init__(save_dir, name=name, version=version)
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
         """The writer behind ``log_metrics``."""
         if self._experiment is None:

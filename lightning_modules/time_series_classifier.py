@@ -54,8 +54,7 @@ class TimeSeriesClassifier(LightningModule):
         loss = mean_b -log p(label_b | series_b),  p = sigmoid (one logit, of class 1) or softmax
 
     Of several processes each takes its part of a batch, and gradients are those of the joined batch. Batch
-    normalisation (:class:`~lightning_modules.networks.ResCNN`) has the statistics of each part, unless the trainer's
-    ``sync_batchnorm``, which needs GPUs, is on.
+    normalisation (:class:`~lightning_modules.networks.ResCNN`) has the statistics of each part.
 
     Where ``adversary`` is set, training minimises ``adversary(module, batch)`` instead, see
     :class:`lightning_modules.callbacks.AdversarialTraining`.

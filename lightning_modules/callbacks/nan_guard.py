@@ -44,6 +44,7 @@ class NaNGuard(Callback):
     got it, on the CPU), ``batch_idx``, ``epoch``, ``step`` (optimiser steps before), ``rank``, and ``parameters`` and
     ``gradients`` (names of those that are not finite); ``torch.load(..., weights_only=True)`` reads it.
 
+    Where gradients are gathered over batches, they are judged when the optimiser steps, and its last batch is kept.
     With 16-bit loss scaling infinite gradients are the scaler's daily business: there only losses are judged.
     """
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.collectives import gather_objects
-from lightning_modules.run_folder import LAST, is_less_than_asked, read_fit_facts, write_whole
+from lightning_modules.run_folder import LAST, is_less_than_asked, mark_running, read_fit_facts, write_whole
 
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 
@@ -227,6 +227,7 @@ class EpochLines(Callback):
         self._start = self._epoch_start = time.perf_counter()
         self._folder = _run_folder(trainer)
         if trainer.is_global_zero and self._folder:
+            mark_running(Path(self._folder), running=True)
             print(f"seqlit: run folder {self._folder}", flush=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,3 +265,4 @@ class EpochLines(Callback):
         facts = {"seconds": self._elapsed(), **done, **asked, "finished": finished}
         facts["stopped_early"] = finished and is_less_than_asked(done, asked)
         write_whole(Path(self._folder) / "fit.json", json.dumps(facts, indent=2) + "\n")
+        mark_running(Path(self._folder), running=False)

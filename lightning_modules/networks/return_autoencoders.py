@@ -66,8 +66,7 @@ class WindowAutoencoder(nn.Module):
 
     Returns enter divided by their pooled standard deviation, so that a loss of 1 is what a constant code attains:
     x = (r - m) / s with m, s over all values of a batch in training, and their running means afterwards. A batch that
-    is spread over processes counts as one, here; not in batch normalisation within an encoder, unless the Trainer's
-    ``sync_batchnorm``, which needs GPUs, is on.
+    is spread over processes counts as one, here; not in batch normalisation within an encoder.
 
         loss = mean (decode(encode(x)) - x)^2           row of a stock = mean over its windows of encode(x)
 

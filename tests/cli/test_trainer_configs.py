@@ -8,6 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 import yaml
 from polars.testing import assert_frame_equal
 
@@ -141,3 +142,26 @@ def test_job_files_are_whole_scripts():
     )
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("torchrun.sh: first the number of processes of this machine")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fit_and_test_on_two_gpus(tmp_path, method):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    shipped = PROJECT / "configs" / f"{method}.yaml"
+    for command in ("fit", "test"):
+        run(tmp_path, "seqlit", command, "--config", shipped, *DDP[:2], "--trainer.devices", "2")
+    (found,) = tmp_path.glob("runs/*/*")
+    assert (found / "report" / "metrics.json").is_file()
+
+
+def test_synchronised_norms_are_refused(tmp_path):
+    config = ("--config", PROJECT / "configs" / "tda_portfolio" / "us20.yaml", *SMALL, *DDP, "--trainer.devices", "2")
+    command = ["seqlit", "fit", *config, "--trainer.sync_batchnorm", "true"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    ended = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "seqlit: error: trainer.sync_batchnorm must be false" in ended.stderr

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from lightning_modules.run_folder import (
     drop_rows_after,
     identity,
     is_less_than_asked,
+    mark_running,
     newest_run,
     newest_unfinished_run,
     runs_newest_first,
@@ -194,3 +197,21 @@ def test_a_new_column_keeps_the_rows_and_never_leaves_half_a_file(tmp_path, monk
     assert path.read_bytes() == before
     logger.experiment._rewrite_with_new_header(["a", "b", "step"])
     assert path.read_text().splitlines() == ["a,b,step", "1.0,,0"]
+
+
+def test_a_run_that_is_still_at_work_is_left_alone(tmp_path):
+    run, asked = add_run(tmp_path, 0, config(), LAST), {"max_epochs": 3, "max_steps": -1}
+    mark_running(run, running=True)
+    note = json.loads((run / "running.json").read_text())
+    assert newest_unfinished_run(tmp_path, config(), asked) == run, "a note of this very process is an old one"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        (run / "running.json").write_text(json.dumps(note | {"pid": other.pid}))
+        with pytest.raises(ValueError, match=rf"version_0 is still being trained, by process {other.pid}"):
+            newest_unfinished_run(tmp_path, config(), asked)
+        (run / "running.json").write_text(json.dumps(note | {"pid": other.pid, "host": "elsewhere"}))
+        assert newest_unfinished_run(tmp_path, config(), asked) == run
+        (run / "running.json").write_text(json.dumps(note | {"pid": other.pid}))
+        other.communicate(b"\n")
+    assert newest_unfinished_run(tmp_path, config(), asked) == run, "it was killed and left its note behind"
+    mark_running(run, running=False)
+    assert not (run / "running.json").exists()
