@@ -13,12 +13,9 @@ from torch.utils.data import Dataset
 
 from datamodules.array_cache import CacheFolder
 from datamodules.counter_hash import Purpose, Words, below, chain, extend, mix
-from datamodules.epoch_sampler import numbers_of
+from datamodules.epoch_sampler import IGNORED, numbers_of
 from datamodules.histories import flat_ranges
 from datamodules.splits import Target
-
-IGNORED = -100
-"""Target of a slot that has none."""
 
 Batch = dict[str, Tensor]
 Ints = NDArray[np.int64]

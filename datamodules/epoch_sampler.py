@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning import Trainer
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -17,6 +18,9 @@ from datamodules.counter_hash import Purpose, chain
 
 FILLING = -1
 """Number of a row that stands for none."""
+
+IGNORED = -100
+"""Target or label that counts for nothing, as that of a row that stands for none."""
 
 
 class EpochSampler(DistributedSampler):
@@ -150,6 +154,27 @@ class EpochLoader(DataLoader):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Leave out what was done of that epoch; any other epoch is whole."""
         self._resumed = dict(state_dict)
+
+
+def single_batch_loader(batch: Any) -> DataLoader:
+    """A loader of this one batch, which goes to every process: Lightning leaves a distributed sampler as it is."""
+    everybody: DistributedSampler = DistributedSampler([batch], num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
+    return DataLoader(
+        [batch],  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=everybody,
+        collate_fn=_as_it_is,
+        # Its own generator: a loader draws a seed when it starts, which must not move the model's stream.
+        generator=torch.Generator(),
+    )
+
+
+def place_among(trainer: Trainer | None) -> dict[str, int]:
+    """``num_replicas`` and ``rank`` of this process; without a trainer it is the only one."""
+    return {
+        "num_replicas": 1 if trainer is None else trainer.world_size,
+        "rank": 0 if trainer is None else trainer.global_rank,
+    }
 
 
 def numbers_of(index: int | Sequence[int]) -> Sequence[int]:

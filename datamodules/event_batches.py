@@ -17,13 +17,10 @@ from torch.utils.data import Dataset
 
 from datamodules.array_cache import CacheFolder
 from datamodules.counter_hash import Purpose, below, chain
-from datamodules.epoch_sampler import numbers_of
+from datamodules.epoch_sampler import IGNORED, numbers_of
 from datamodules.event_preparation import EventLog, Ints
 
 Queries = dict[str, dict[str, Any]]
-
-IGNORED = -100
-"""Label of a row that is not counted."""
 
 
 @dataclass(frozen=True)

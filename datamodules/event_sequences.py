@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from datamodules.array_cache import CacheFolder, content_digests, open_or_build
-from datamodules.epoch_sampler import EpochLoader
+from datamodules.epoch_sampler import EpochLoader, place_among, single_batch_loader
 from datamodules.event_batches import (
     EventTrainingSequences,
     Queries,
@@ -252,14 +252,12 @@ class EventSequencesDataModule(LightningDataModule):
         if self._sampling_seed is None:
             self._sampling_seed = torch.initial_seed() % 2**31
         sequences = EventTrainingSequences(self._folder(), self._training_facts(self._sampling_seed), self._sampler)
-        replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         return EpochLoader(
             sequences,
             rows=self._batch_size,
             shuffled=True,
             seed=self._sampling_seed,
-            num_replicas=replicas,
-            rank=rank,
+            **place_among(self.trainer),
             num_workers=self._num_workers,
         )
 
@@ -267,11 +265,11 @@ class EventSequencesDataModule(LightningDataModule):
         """One batch: what may be known before the test, and queries of folds 0 and 1."""
         log = self._events_log()
         keep = log.times < log.test_start if log.by_time else (log.user_folds != 2)[log.users]
-        return _single(self._batch(keep, (0, 1)))
+        return single_batch_loader(self._batch(keep, (0, 1)))
 
     def test_dataloader(self) -> DataLoader:
         """One batch: everything."""
-        return _single(self._batch(None, (0, 1, 2)))
+        return single_batch_loader(self._batch(None, (0, 1, 2)))
 
     def predict_dataloader(self) -> DataLoader:
         """One batch: everything."""
@@ -483,21 +481,3 @@ def _date(name: str, value: object) -> int:
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _single(batch: dict[str, Any]) -> DataLoader:
-    loader: DataLoader = DataLoader(
-        [batch],  # type: ignore[arg-type]
-        batch_size=None,
-        # The batch goes to every process; Lightning leaves a distributed sampler as it is.
-        sampler=DistributedSampler([batch], num_replicas=1, rank=0, shuffle=False),  # type: ignore[arg-type]
-        collate_fn=_as_it_is,
-        # Its own generator: a loader draws a seed when it starts, which must not move the model's stream.
-        generator=torch.Generator(),
-    )
-    return loader
-
-
-def _as_it_is(batch: Any) -> Any:
-    """Batches come whole; there is nothing to collate."""
-    return batch

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.array_cache import CacheFolder, content_digests, open_or_build
 from datamodules.batches import EvaluationSequences, TrainingSequences
-from datamodules.epoch_sampler import EpochLoader
+from datamodules.epoch_sampler import EpochLoader, place_among
 from datamodules.histories import Histories
 from datamodules.preparation import PreparationSettings, prepare_histories
 from datamodules.sources.columns import Columns, TimeUnit
@@ -318,14 +318,12 @@ class InteractionsDataModule(LightningDataModule):
         return self._loader(sequences, self._eval_batch_size, shuffled=False)
 
     def _loader(self, sequences: TrainingSequences | EvaluationSequences, rows: int, *, shuffled: bool) -> EpochLoader:
-        replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         return EpochLoader(
             sequences,
             rows=rows,
             shuffled=shuffled,
             seed=self.seed,
-            num_replicas=replicas,
-            rank=rank,
+            **place_among(self.trainer),
             num_workers=self._num_workers,
         )
 

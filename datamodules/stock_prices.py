@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
-from datamodules.epoch_sampler import EpochLoader
+from datamodules.epoch_sampler import EpochLoader, place_among, single_batch_loader
 from datamodules.price_panel import Panel, aligned_index, delistings, membership, sector_places
 from datamodules.price_rules import (
     Gaps,
@@ -176,29 +175,27 @@ class StockPricesDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Windows in an order that is a function of (seed, epoch) alone."""
         train, _ = self._both_windows()
-        replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         return EpochLoader(
             train,
             rows=self._batch_size,
             shuffled=True,
             seed=self._seed,
-            num_replicas=replicas,
-            rank=rank,
+            **place_among(self.trainer),
             num_workers=self._num_workers,
         )
 
     def val_dataloader(self) -> DataLoader:
         """One batch: held-out windows, and the panel up to the end of the train window."""
         _, held_out = self._both_windows()
-        return _single(self.panel.before(self.panel.train_stop).batch() | held_out.everything())
+        return single_batch_loader(self.panel.before(self.panel.train_stop).batch() | held_out.everything())
 
     def test_dataloader(self) -> DataLoader:
         """One batch: the panel."""
-        return _single(self.panel.batch())
+        return single_batch_loader(self.panel.batch())
 
     def predict_dataloader(self) -> DataLoader:
         """One batch: the panel."""
-        return _single(self.panel.batch())
+        return single_batch_loader(self.panel.batch())
 
     @property
     def panel(self) -> Panel:
@@ -381,20 +378,3 @@ def _day(name: str, value: object) -> np.datetime64:
 
 def _table(argument: str, path: str) -> Path:
     return resolve_paths(path, argument=argument, endings=TABLE_ENDINGS)[0]
-
-
-def _single(batch: Batch) -> DataLoader:
-    """Every process gets the batch: Lightning leaves a sampler of this kind in place."""
-    everybody: DistributedSampler[Batch] = DistributedSampler([batch], num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
-    return DataLoader(
-        [batch],  # type: ignore[arg-type]
-        batch_size=None,
-        sampler=everybody,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),
-    )
-
-
-def _as_it_is(batch: Any) -> Any:
-    """Batches come whole; there is nothing to collate."""
-    return batch

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.epoch_sampler import EpochLoader, numbers_of
+from datamodules.epoch_sampler import IGNORED, EpochLoader, numbers_of, place_among
 from datamodules.series_preparation import (
     common_classes,
     cut,
@@ -319,14 +319,12 @@ class TimeSeriesDataModule(LightningDataModule):
 
     def _loader(self, split: Split, batch_size: int, *, shuffle: bool = False) -> DataLoader:
         series = _SeriesSplit(self._set().batches[split])
-        replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         return EpochLoader(
             series,
             rows=batch_size,
             shuffled=shuffle,
             seed=self.seed,
-            num_replicas=replicas,
-            rank=rank,
+            **place_among(self.trainer),
             num_workers=self._num_workers,
         )
 
@@ -362,7 +360,7 @@ class _SeriesSplit(Dataset):
         chosen = torch.as_tensor(numbers, dtype=torch.int64)  # of no numbers too
         padding = chosen < 0
         batch = {key: tensor[chosen.clamp(min=0) % len(self)] for key, tensor in self._batch.items()}
-        batch["labels"][padding], batch["index"][padding] = -100, -1
+        batch["labels"][padding], batch["index"][padding] = IGNORED, -1
         return batch
 
 

@@ -139,13 +139,19 @@ def from_first(compute: Callable[[], _T]) -> _T:
         try:
             outcome[0] = compute()
         except Exception as error:
-            sent = _plain(error)
-            distributed.broadcast_object_list([None, sent], src=0)
+            distributed.broadcast_object_list([None, _plain(error)], src=0)
             raise
     distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def kept_by_first(compute: Callable[[], _T]) -> _T | None:
+    """What the first process computes, there alone and None elsewhere; the others wait for it, and raise its error."""
+    kept: list[_T] = []
+    from_first(lambda: kept.append(compute()))
+    return kept[0] if kept else None
 
 
 def _plain(error: Exception) -> Exception:

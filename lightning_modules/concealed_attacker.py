@@ -322,7 +322,7 @@ class ConcealedAttacker(LightningModule):
         if self._discriminator_epoch < 0:
             if n_series:
                 losses.append(cross_entropy(self(batch["series"], batch["mask"]), batch["labels"]).mean())
-            self._step(optimizers[0], self.classifier, losses[0] if losses else None, n_series, batch)
+            self._step(optimizers[0], losses[0] if losses else None, n_series)
         else:
             first = 1 if self.classifier_epochs else 0  # a victim has no optimiser
             for number, plan in enumerate(self.plans):
@@ -338,7 +338,7 @@ class ConcealedAttacker(LightningModule):
                         if copy == 0:
                             losses.append(loss.detach())
                     optimizer = optimizers[first + number * (1 + self.n_folds) + copy]
-                    self._step(optimizer, network, loss, int(kept.sum()), batch)
+                    self._step(optimizer, loss, int(kept.sum()))
         self.train_loss.update(torch.stack(losses).mean() if losses else 0.0, n_series)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=n_series)
 
@@ -353,9 +353,7 @@ class ConcealedAttacker(LightningModule):
         bank.exchange(self.device)
         return adversarial
 
-    def _step(
-        self, optimizer: Any, network: nn.Module, loss: Tensor | None, n_series: int, batch: dict[str, Tensor]
-    ) -> None:
+    def _step(self, optimizer: Any, loss: Tensor | None, n_series: int) -> None:
         """Step by the mean over the series of all processes; ``loss`` is that of ``n_series`` here, None of 0."""
         factor = share(n_series, device=self.device)
         optimizer.zero_grad()

@@ -5,8 +5,8 @@ the default and the released behaviour a flag.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -14,7 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_modules.collectives import from_first, gather_rows
+from lightning_modules.collectives import from_first, gather_rows, kept_by_first
 from lightning_modules.context.aggregators import AggregatorFactory, KernelAttention
 from lightning_modules.context.combination import CombinationFactory, Concat
 from lightning_modules.context.enriched import Asked, ContextRules, EnrichedEncoder
@@ -28,8 +28,6 @@ from lightning_modules.losses import CoLES, EventObjective, ObjectiveFactory
 from lightning_modules.many_devices import require_replicas
 from lightning_modules.metrics import EpochMean
 from lightning_modules.networks import EncoderFactory, EventEncoder, RecurrentEncoder
-
-_T = TypeVar("_T")
 
 
 def _adam(params: Any) -> torch.optim.Optimizer:
@@ -398,7 +396,7 @@ class KernelAttentionAggregator(LightningModule):
             The study; None in all processes but the first.
         """
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        return _by_first(lambda: evaluate(self.model, batch, self.evaluation, wide=self.wide, seed=seed))
+        return kept_by_first(lambda: evaluate(self.model, batch, self.evaluation, wide=self.wide, seed=seed))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Embeddings | None:
         """Embeddings at the test queries of the first target, with own state, context and who influenced it most.
@@ -406,7 +404,7 @@ class KernelAttentionAggregator(LightningModule):
         Returns:
             Them; None in all processes but the first.
         """
-        return _by_first(lambda: exported(self.model, batch, self.evaluation))
+        return kept_by_first(lambda: exported(self.model, batch, self.evaluation))
 
     # Checkpoints
 
@@ -438,13 +436,6 @@ class KernelAttentionAggregator(LightningModule):
                 params = [p for p in self.model.branch(name).parameters() if p.requires_grad]
                 found.append(self.aggregator_optimizer(params))
         return found
-
-
-def _by_first(compute: Callable[[], _T]) -> _T | None:
-    """What the first process computes and keeps; the others wait, and raise its error."""
-    kept: list[_T] = []
-    from_first(lambda: kept.append(compute()))
-    return kept[0] if kept else None
 
 
 def encoder_from(path: str) -> dict[str, Tensor]:

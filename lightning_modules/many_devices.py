@@ -74,8 +74,9 @@ class ReplicatedStrategy(DDPStrategy):
         """The module's state, means of a half-done epoch summed over processes; every process builds it."""
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict()
-        for name in self._sums():
-            state[name] = self.reduce(state[name].clone(), reduce_op="sum")
+        for name in self._means():
+            for part in EpochMean.SUMS:
+                state[f"{name}.{part}"] = self.reduce(state[f"{name}.{part}"].clone(), reduce_op="sum")
         return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -89,9 +90,6 @@ class ReplicatedStrategy(DDPStrategy):
         assert self.lightning_module is not None
         found = self.lightning_module.named_modules()
         return {name: metric for name, metric in found if isinstance(metric, EpochMean)}
-
-    def _sums(self) -> list[str]:
-        return [f"{name}.{state}" for name in self._means() for state in EpochMean.SUMS]
 
     def on_validation_start(self) -> None:
         """Statistics that norms gather are those of each process' own batches: take the first's."""

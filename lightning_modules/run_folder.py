@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -66,6 +67,14 @@ def write_whole(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, whole or not at all."""
     with drafted(path) as draft:
         draft.write_text(text, encoding="utf-8", newline="")
+
+
+def write_parquet(path: Path, frame: pl.DataFrame, what: str = "") -> None:
+    """Write ``frame`` to ``path``, whole or not at all, and say so where ``what`` names its rows."""
+    with drafted(path) as draft:
+        frame.write_parquet(draft)
+    if what:
+        print(f"seqlit: {len(frame)} {what} in {path}", flush=True)
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

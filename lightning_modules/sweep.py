@@ -67,8 +67,7 @@ class Parameter:
                 return trial.suggest_int(self.key, int(self.low), int(self.high))
             case "q_uniform":
                 # Whole steps are drawn, so that 3 x 0.1 is 0.3 and not 0.30000000000000004 for the next reader.
-                first, last = math.ceil(self.low / self.step - 1e-9), math.floor(self.high / self.step + 1e-9)
-                return self._multiple(trial.suggest_int(self.key, first, last))
+                return self._multiple(trial.suggest_int(self.key, *self._steps))
             case "uniform":
                 return trial.suggest_float(self.key, self.low, self.high)
             case "log_uniform" | "log_uniform_values":
@@ -77,6 +76,11 @@ class Parameter:
                 drawn = trial.suggest_float(self.key, self.low, self.high, log=True)
                 return self._multiple(round(drawn / self.step))
         raise ValueError(f"{self.key}: unknown distribution {self.distribution!r}")
+
+    @property
+    def _steps(self) -> tuple[int, int]:
+        """The least and the largest multiple of the step within the bounds."""
+        return math.ceil(self.low / self.step - 1e-9), math.floor(self.high / self.step + 1e-9)
 
     def _multiple(self, n_steps: int) -> Any:
         value = n_steps * self.step
@@ -94,7 +98,7 @@ class Parameter:
             case "int_uniform":
                 return list(range(int(self.low), int(self.high) + 1))
             case "q_uniform":
-                first, last = math.ceil(self.low / self.step - 1e-9), math.floor(self.high / self.step + 1e-9)
+                first, last = self._steps
                 return list(range(first, last + 1))
         raise ValueError(f"{self.key}: method grid needs values or whole steps, got {self.distribution}")
 

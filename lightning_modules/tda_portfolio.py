@@ -6,7 +6,7 @@ Source: arXiv 2308.07944; where its protocol looks ahead, the causal one is the 
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_modules.collectives import from_first, n_processes, rank, share
+from lightning_modules.collectives import from_first, kept_by_first, n_processes, rank, share
 from lightning_modules.many_devices import require_replicas
 from lightning_modules.metrics import EpochMean
 from lightning_modules.portfolio.backtest import Plan, Track
@@ -37,7 +37,6 @@ from lightning_modules.portfolio.walk import (
 )
 from lightning_modules.portfolio.weighting import MeanVariance, PublishedMeanVariance, Weighting
 
-_T = TypeVar("_T")
 _SCORES = ("silhouette", "davies_bouldin", "calinski_harabasz")
 
 
@@ -281,7 +280,7 @@ class TDAPortfolioClusterer(LightningModule):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> Study | None:  # type: ignore[override]
         """Walk every arm through the test period; the report callback reads what is returned."""
-        return _kept_by_first(lambda: self._study(batch))
+        return kept_by_first(lambda: self._study(batch))
 
     def _study(self, batch: dict[str, Any]) -> Study:
         frame, rules = Frame.from_batch(batch, self.rules.mode), self.rules
@@ -337,7 +336,7 @@ class TDAPortfolioClusterer(LightningModule):
         """
         if self.rules.mode == "published":
             raise ValueError("mode published selects stocks by returns of the test: it cannot advise, use causal")
-        return _kept_by_first(lambda: self._advice(batch))
+        return kept_by_first(lambda: self._advice(batch))
 
     def _advice(self, batch: dict[str, Any]) -> Advice:
         frame = Frame.from_batch(batch, self.rules.mode, to_the_end=True)
@@ -380,13 +379,6 @@ class TDAPortfolioClusterer(LightningModule):
 def _rows(network: nn.Module, returns: Tensor, index_returns: Tensor | None) -> Tensor:
     rows: Tensor = network(returns, index_returns) if getattr(network, "uses_index", False) else network(returns)
     return rows
-
-
-def _kept_by_first(compute: Callable[[], _T]) -> _T | None:
-    """What the first process computes, there alone; the others wait for it, and for its error."""
-    kept: list[_T] = []
-    from_first(lambda: kept.append(compute()))
-    return kept[0] if kept else None
 
 
 def _untold_ends(frame: Frame, columns: Any) -> tuple[str, ...]:

@@ -38,6 +38,15 @@ def clean_torch():
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Bit for bit holds with one thread only; and with steps of microseconds several would just wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def project() -> Path:
     """The root of the checkout."""

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning_modules.attacks.class_losses import decisions
 from lightning_modules.attacks.study import AdversarialSeries
 from lightning_modules.collectives import from_first, gather_objects
-from lightning_modules.run_folder import drafted
+from lightning_modules.run_folder import write_parquet
 
 
 def series_frame(found: AdversarialSeries) -> pl.DataFrame:
@@ -80,10 +80,6 @@ class AdversarialSeriesWriter(Callback):
         frames = [frame for kept in gather_objects(self._frames) for frame in kept]
         self._frames = []
         if frames:
-            from_first(lambda: _write(pl.concat(frames).sort("index", maintain_order=True), path))
-
-
-def _write(frame: pl.DataFrame, path: Path) -> None:
-    with drafted(path) as draft:
-        frame.write_parquet(draft)
-    print(f"seqlit: {len(frame)} adversarial series in {path}", flush=True)
+            from_first(
+                lambda: write_parquet(path, pl.concat(frames).sort("index", maintain_order=True), "adversarial series")
+            )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_modules.collectives import from_first
 from lightning_modules.context.evaluation import Embeddings
-from lightning_modules.run_folder import drafted
+from lightning_modules.run_folder import write_parquet
 
 
 def embeddings_frame(found: Embeddings) -> pl.DataFrame:
@@ -94,6 +94,4 @@ class EmbeddingWriter(Callback):
         if not self._found:
             return
         frame = pl.concat([embeddings_frame(found) for found in self._found])
-        with drafted(path) as draft:
-            frame.write_parquet(draft)
-        print(f"seqlit: {len(frame)} embeddings in {path}", flush=True)
+        write_parquet(path, frame, "embeddings")

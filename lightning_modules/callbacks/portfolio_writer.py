@@ -8,7 +8,7 @@ import polars as pl
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.collectives import from_first
-from lightning_modules.run_folder import drafted
+from lightning_modules.run_folder import drafted, write_parquet
 from lightning_modules.tda_portfolio import Advice
 
 
@@ -86,10 +86,8 @@ class PortfolioWriter(Callback):
         if not isinstance(outputs, Advice):
             raise ValueError(f"PortfolioWriter needs Advice from predict_step, got {type(outputs).__name__}")
         orders = orders_frame(outputs)
-        with drafted(folder / "weights.parquet") as draft:
-            weights_frame(outputs).write_parquet(draft)
-        with drafted(folder / "orders.parquet") as draft:
-            orders.write_parquet(draft)
+        write_parquet(folder / "weights.parquet", weights_frame(outputs))
+        write_parquet(folder / "orders.parquet", orders)
         with drafted(folder / "orders.csv") as draft:
             orders.write_csv(draft)
         traded = orders.filter(pl.col("side") != "hold")

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.collectives import from_first, gather_objects
 from lightning_modules.ranking import Recommendations
-from lightning_modules.run_folder import drafted
+from lightning_modules.run_folder import write_parquet
 
 
 class RecommendationWriter(Callback):
@@ -79,6 +79,4 @@ def _write(path: Path, data: Any, users: list[np.ndarray], items: list[np.ndarra
             "score": np.concatenate(scores)[order].ravel()[kept],
         }
     )
-    with drafted(path) as draft:
-        frame.write_parquet(draft)
-    print(f"seqlit: {len(frame)} recommendations in {path}", flush=True)
+    write_parquet(path, frame, "recommendations")

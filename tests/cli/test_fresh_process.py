@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {
     "sasrec_cce": "recommendations.parquet",
     "concealed_attack": "adversarial_series.parquet",
@@ -53,15 +54,6 @@ def fitted(toys, tmp_path_factory):
         return made[method]
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The order in which a sum is made depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Predicts by the command, then builds the objects in Python, as a notebook would, and predicts once more.

@@ -13,20 +13,12 @@ import yaml
 
 from datamodules.synthetic_events import regime
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = "configs/kernel_attention"
 QUICK = {
     "class_path": "lightning_modules.context.LogisticProbe",
     "init_args": {"strengths": [0.1], "max_iterations": 10},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Steps of a few microseconds: on busy cores threads would wait for each other many times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,12 @@ DAY = 86_400_000_000
 N_USERS = 40
 T2 = 1_581_724_800_000_000  # 15 February 2020, UTC
 BY_TIME = {"split": "time", "validation_start": "2020-02-01", "test_start": "2020-02-15"}
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*smaller than the logging", "ignore:.*in eval mode at the start"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:.*does not have many workers", "ignore:.*smaller than the logging", "ignore:.*in eval mode at the start"
+    ),
+]
 AGGREGATORS = {
     "mean": Mean,
     "max": Max,
@@ -63,15 +66,6 @@ def module_of(**settings):
         "evaluation": QUICK,
     }
     return KernelAttentionAggregator(**(given | settings)).eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Steps of a few microseconds: on busy cores threads would wait for each other many times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

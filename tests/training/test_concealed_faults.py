@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from lightning import Callback, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 
 from datamodules import TimeSeriesDataModule
 from datamodules.synthetic_series import synthetic_series
@@ -88,28 +88,6 @@ def adversaries(method):
     return [AdversarialTraining(PGD, warmup_epochs=2)] if method is classifier else []
 
 
-class Stopped(Exception):
-    """What ends a fit before its time."""
-
-
-class Stop(Callback):
-    """Ends the fit before or behind step number ``step`` of all that are taken."""
-
-    def __init__(self, step, behind):
-        self.step, self.behind = step, behind
-
-    def _stop(self, trainer, behind):
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total.started + (not behind)
-        if behind == self.behind and batches == self.step:
-            raise Stopped
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self._stop(trainer, behind=False)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self._stop(trainer, behind=True)
-
-
 def run(method, series, folder, *, stop=None, resume=False, every=2, seed=1):
     """Fit, perhaps to its end: its trainer and module."""
     seed_everything(seed, verbose=False)
@@ -125,7 +103,7 @@ def run(method, series, folder, *, stop=None, resume=False, every=2, seed=1):
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[RandomState(), *adversaries(method), last, *([Stop(*stop)] if stop else [])],
+        callbacks=[RandomState(), *adversaries(method), last, *([stop] if stop else [])],
     )
     path = folder / "run" / "version_0" / "checkpoints" / "last.ckpt"
     trainer.fit(module, data, ckpt_path=path if resume else None, weights_only=True)
@@ -153,23 +131,6 @@ def outcome(trainer, module, data):
     return found | {"test": [attack.x_adv, attack.logits, attack.detector_logits, attack.scores]}
 
 
-def assert_same(one, other, place=""):
-    """Equal to the last bit, through mappings and sequences."""
-    assert type(one) is type(other), place
-    if isinstance(one, dict):
-        assert list(one) == list(other), place
-        for key, value in one.items():
-            assert_same(value, other[key], f"{place}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), place
-        for number, values in enumerate(zip(one, other, strict=True)):
-            assert_same(*values, f"{place}/{number}")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), place
-    else:
-        assert one == other, place
-
-
 @pytest.fixture(scope="module")
 def series(tmp_path_factory):
     folder = tmp_path_factory.mktemp("series")
@@ -178,7 +139,7 @@ def series(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", [attacker, classifier], ids=["attacker", "classifier"])
-def test_a_fit_stopped_at_random_steps_equals_an_unbroken_one(series, tmp_path, method):
+def test_a_fit_stopped_at_random_steps_equals_an_unbroken_one(series, tmp_path, method, break_at, broken, assert_same):
     """21 training series are 4 batches an epoch: 24 steps, of which 20 stop a fit, in 5 fits of 4 stops each."""
     wanted = outcome(*run(method, series, tmp_path / "unbroken", every=None))
     draw = random.Random(7)
@@ -187,12 +148,12 @@ def test_a_fit_stopped_at_random_steps_equals_an_unbroken_one(series, tmp_path, 
         folder = tmp_path / str(chain)
         every = draw.choice([1, 2])
         for number, step in enumerate(sorted(steps[chain::5])):
-            with pytest.raises(Stopped):
+            with pytest.raises(broken):
                 run(
                     method,
                     series,
                     folder,
-                    stop=(step, draw.random() < 0.5),
+                    stop=break_at(step - 1, at_end=draw.random() < 0.5),
                     resume=number > 0,
                     every=every,
                     seed=1 if number == 0 else 100 + step,  # a resumed fit must not live on what it is started with

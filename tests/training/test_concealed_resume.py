@@ -140,35 +140,18 @@ def unbroken(series, tmp_path_factory):
     return fit(series, runs), runs
 
 
-def assert_same(one, other, place=""):
-    """Equal to the last bit, through mappings and sequences."""
-    assert type(one) is type(other), place
-    if isinstance(one, dict):
-        assert list(one) == list(other), place
-        for key, value in one.items():
-            assert_same(value, other[key], f"{place}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), place
-        for number, values in enumerate(zip(one, other, strict=True)):
-            assert_same(*values, f"{place}/{number}")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), place
-    else:
-        assert one == other, place
-
-
 # Within the classifier, as it is done, amid a mixture with replay, before and within rounds; below, all in one chain.
 @pytest.mark.parametrize(
     "epoch", [epoch if epoch in (0, 1, 4, 5, 6) else pytest.param(epoch, marks=pytest.mark.slow) for epoch in range(10)]
 )
-def test_resumed_after_any_epoch(series, unbroken, tmp_path, epoch):
+def test_resumed_after_any_epoch(series, unbroken, tmp_path, epoch, assert_same):
     whole, runs = unbroken
     resumed = fit(series, tmp_path, resume=str(runs / f"epoch={epoch}.ckpt"))
     assert_same(resumed.state_dict(), whole.state_dict())
     assert_same(resumed.found, whole.found)
 
 
-def test_broken_off_after_every_epoch(series, unbroken, tmp_path):
+def test_broken_off_after_every_epoch(series, unbroken, tmp_path, assert_same):
     whole, _ = unbroken
     for epoch in range(1, LAST + 1):
         with pytest.raises(BrokenOff):
@@ -192,7 +175,7 @@ def test_checkpoints_are_plain_and_a_finished_one_is_small(unbroken):
     assert set(finished["found"]["chosen"]) == {"sum", "sgm"}
 
 
-def test_what_a_checkpoint_holds_is_taken_up_and_a_new_fit_forgets_it(unbroken):
+def test_what_a_checkpoint_holds_is_taken_up_and_a_new_fit_forgets_it(unbroken, assert_same):
     _, runs = unbroken
     checkpoint = torch.load(runs / f"epoch={LAST - 1}.ckpt", weights_only=True)
     module = attacker()

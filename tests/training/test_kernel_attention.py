@@ -41,9 +41,12 @@ from lightning_modules.context.study import ContextStudy
 from lightning_modules.losses import CPC, CoLES, NextEvent, Supervised
 from lightning_modules.networks import RecurrentEncoder, TransformerEncoder, encode_table
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*smaller than the logging", "ignore:.*in eval mode at the start"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:.*does not have many workers", "ignore:.*smaller than the logging", "ignore:.*in eval mode at the start"
+    ),
+]
 SMALL = {"d_model": 8, "d_embedding": 4}
 GRU = partial(RecurrentEncoder, **SMALL)
 EVERY = {
@@ -65,15 +68,6 @@ EVERY = {
 NOTHING_TO_LEARN = {"mean", "max", "attention", "exp_hawkes", "attention_hawkes"}
 QUICK = Evaluation(probe=LogisticProbe(strengths=(0.1,), max_iterations=10))
 SILENT = {"silent": NoEventWithin(rule=CalendarDates(every_days=6), days=3)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Steps of a few microseconds: on busy cores threads would wait for each other many times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

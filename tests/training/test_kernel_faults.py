@@ -8,9 +8,6 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import Logger
 
-from datamodules import EventSequencesDataModule
-from datamodules.event_batches import ColesSlices
-from datamodules.event_targets import CalendarDates, NoEventWithin
 from datamodules.synthetic_events import regime
 from lightning_modules import KernelAttentionAggregator
 from lightning_modules.callbacks import LastCheckpoint, RandomState
@@ -20,11 +17,14 @@ from lightning_modules.networks import RecurrentEncoder
 
 EVERY_N_STEPS = 3
 ENCODER_EPOCHS, EPOCHS, BATCHES = 2, 4, 4
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers",
-    "ignore:.*smaller than the logging",
-    "ignore:.*in eval mode at the start",
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:.*does not have many workers",
+        "ignore:.*smaller than the logging",
+        "ignore:.*in eval mode at the start",
+    ),
+]
 # A tuned encoder draws noise, so random numbers matter; a learning rate at which the best epoch need not be the last.
 GRU = partial(RecurrentEncoder, d_model=6, d_embedding=4, noise=0.1)
 MODES = {
@@ -35,41 +35,11 @@ MODES = {
 N_STOPS = {"frozen": 7, "ema": 7, "live": 6}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Bit for bit holds with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def make_data(tmp_path_factory, event_data):
     folder = tmp_path_factory.mktemp("events")
     regime(0, n_users=30, n_days=40, events_per_day=1.0, labels_per_day=0.2).write(folder)
-    return folder
-
-
-class Stopped(Exception):
-    """What a killed process is here."""
-
-
-class StopAt(Callback):
-    """Raises at the start or the end of a batch, counted over all epochs."""
-
-    def __init__(self, batch, at_end):
-        self.batch, self.at_end = batch, at_end
-
-    def _look(self, trainer, at_end):
-        if at_end == self.at_end and trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
-            raise Stopped
-
-    def on_train_batch_start(self, trainer, *_):
-        self._look(trainer, at_end=False)
-
-    def on_train_batch_end(self, trainer, *_):
-        self._look(trainer, at_end=True)
+    return partial(event_data, folder, batch_size=3)
 
 
 class Kept(Logger):
@@ -89,22 +59,10 @@ class Kept(Logger):
             assert self.rows.setdefault((step, name), value) == value, f"{name} of step {step} was another before"
 
 
-def fit(folder, mode, run, rows, *callbacks, resume=None, encoder_weights=None):
+def fit(make_data, mode, run, rows, *callbacks, resume=None, encoder_weights=None):
     seed_everything(1, verbose=False)
     encoder_epochs = 0 if encoder_weights else ENCODER_EPOCHS
-    data = EventSequencesDataModule(
-        paths=str(folder / "events.parquet"),
-        user_column="user",
-        time_column="time",
-        categorical=["event_type"],
-        numeric=["amount"],
-        validation_fraction=0.25,
-        test_fraction=0.25,
-        sampler=ColesSlices(2, 2, 12),
-        targets={"silent": NoEventWithin(rule=CalendarDates(every_days=6), days=3)},
-        batch_size=3,
-        cache_dir=str(folder / "cache"),
-    )
+    data = make_data()
     module = KernelAttentionAggregator(
         vocabulary_sizes=data.vocabulary_sizes,
         n_numeric=data.n_numeric,
@@ -137,22 +95,6 @@ def fit(folder, mode, run, rows, *callbacks, resume=None, encoder_weights=None):
     return module, data, torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def assert_same(one, other, where):
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for name in one:
-            assert_same(one[name], other[name], f"{where}.{name}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for number, (first, second) in enumerate(zip(one, other, strict=True)):
-            assert_same(first, second, f"{where}.{number}")
-    elif torch.is_tensor(one):
-        assert torch.equal(one, other), where
-    else:
-        assert one == other, where
-
-
 def probed(module, data):
     """What a test of the fitted module finds."""
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
@@ -166,20 +108,22 @@ def probed(module, data):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_fit_that_is_broken_off_anywhere_ends_as_the_unbroken_one(folder, tmp_path, mode):
+def test_a_fit_that_is_broken_off_anywhere_ends_as_the_unbroken_one(
+    make_data, tmp_path, mode, break_at, broken, assert_same
+):
     rows = {}
-    *fitted, unbroken = fit(folder, mode, tmp_path / "unbroken", rows)
+    *fitted, unbroken = fit(make_data, mode, tmp_path / "unbroken", rows)
     drawn = random.Random(mode)
     batches_done = []
     for stop in sorted(drawn.sample(range(1, EPOCHS * BATCHES), N_STOPS[mode])):
         run, rows_here = tmp_path / str(stop), {}
-        with pytest.raises(Stopped):
-            fit(folder, mode, run, rows_here, StopAt(stop, at_end=drawn.random() < 0.5))
+        with pytest.raises(broken):
+            fit(make_data, mode, run, rows_here, break_at(stop, at_end=drawn.random() < 0.5))
         last = run / "checkpoints" / "last.ckpt"
         if last.is_file():
             loop = torch.load(last, weights_only=True)["loops"]["fit_loop"]
             batches_done.append(loop["epoch_loop.batch_progress"]["current"]["ready"])
-        *resumed, checkpoint = fit(folder, mode, run, rows_here, resume=last if last.is_file() else None)
+        *resumed, checkpoint = fit(make_data, mode, run, rows_here, resume=last if last.is_file() else None)
         for part in ("state_dict", "optimizer_states", "contexts", "best_encoders", "epoch", "global_step", "loops"):
             assert_same(unbroken[part], checkpoint[part], f"stopped at {stop}: {part}")
         assert rows_here == rows, f"stopped at {stop}"
@@ -187,15 +131,17 @@ def test_a_fit_that_is_broken_off_anywhere_ends_as_the_unbroken_one(folder, tmp_
     assert_same(probed(*fitted), probed(*resumed), "test")
 
 
-def test_aggregators_of_a_loaded_encoder_go_on_amid_their_first_epoch(folder, tmp_path):
-    fit(folder, "ema", tmp_path / "encoder", {})
+def test_aggregators_of_a_loaded_encoder_go_on_amid_their_first_epoch(
+    make_data, tmp_path, break_at, broken, assert_same
+):
+    fit(make_data, "ema", tmp_path / "encoder", {})
     weights = str(tmp_path / "encoder" / "checkpoints" / "last.ckpt")
-    unbroken = fit(folder, "ema", tmp_path / "unbroken", {}, encoder_weights=weights)[2]
+    unbroken = fit(make_data, "ema", tmp_path / "unbroken", {}, encoder_weights=weights)[2]
     run = tmp_path / "broken"
-    with pytest.raises(Stopped):
-        fit(folder, "ema", run, {}, StopAt(BATCHES - 1, at_end=False), encoder_weights=weights)
+    with pytest.raises(broken):
+        fit(make_data, "ema", run, {}, break_at(BATCHES - 1, at_end=False), encoder_weights=weights)
     last = run / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["epoch"] == 0
-    resumed = fit(folder, "ema", run, {}, resume=last, encoder_weights=weights)[2]
+    resumed = fit(make_data, "ema", run, {}, resume=last, encoder_weights=weights)[2]
     for part in ("state_dict", "optimizer_states", "contexts"):
         assert_same(unbroken[part], resumed[part], part)

@@ -34,25 +34,6 @@ def no_power_cuts(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
-class Broken(Exception):
-    pass
-
-
-class BreakAt(Callback):
-    """Dies at the start or the end of a training batch, counted over all epochs."""
-
-    def __init__(self, batch: int, at_end: bool) -> None:
-        self.batch, self.at_end = batch, at_end
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if not self.at_end and trainer.fit_loop.total_batch_idx == self.batch:
-            raise Broken
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if self.at_end and trainer.fit_loop.total_batch_idx == self.batch:
-            raise Broken
-
-
 class DrawsEverywhere(Callback):
     """Moves every global stream at every step, as a user's augmentation would, and at the start of an epoch."""
 
@@ -146,28 +127,6 @@ class Runs:
         tested = trainer.test(module, data, verbose=False)
         return state, (self.run / "metrics.csv").read_text(), tested
 
-    def broken_at(self, batch, at_end):
-        with pytest.raises(Broken):
-            self.fit(BreakAt(batch, at_end))
-        return self.finished()
-
-
-def assert_same(one, two, where=""):
-    assert type(one) is type(two), where
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == two.dtype
-        assert one.equal(two) or (one.isnan().all() and two.isnan().all()), where
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key, value in one.items():
-            assert_same(value, two[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), where
-        for place, pair in enumerate(zip(one, two, strict=True)):
-            assert_same(*pair, f"{where}[{place}]")
-    else:
-        assert one == two, where
-
 
 def without_paths(state):
     """A checkpoint but for where the callbacks of Lightning keep their files."""
@@ -175,18 +134,29 @@ def without_paths(state):
     return state | {"callbacks": callbacks}
 
 
-def check(runs_of, stops):
+@pytest.fixture
+def check(assert_same, break_at, broken):
+    """``check(runs_of, stops)``: every run that is broken off and resumed ends as the unbroken one."""
+    return partial(_check, assert_same, break_at, broken)
+
+
+def _check(assert_same, break_at, broken, runs_of, stops):
     unbroken = runs_of("unbroken").finished()
     assert unbroken[0]["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == N_EPOCHS * N_BATCHES
     for batch, at_end in stops:
-        resumed = runs_of(f"broken_{batch}_{at_end}").broken_at(batch, at_end)
+        runs = runs_of(f"broken_{batch}_{at_end}")
+        with pytest.raises(broken):
+            runs.fit(break_at(batch, at_end))
+        resumed = runs.finished()
         for name, one, two in zip(("checkpoint", "metrics", "test"), unbroken, resumed, strict=True):
             if name == "checkpoint":
                 one, two = without_paths(one), without_paths(two)
-            assert_same(one, two, f"stopped at batch {batch}, {'end' if at_end else 'start'}: {name}")
+            assert_same(
+                one, two, nan_is_nan=True, where=f"stopped at batch {batch}, {'end' if at_end else 'start'}: {name}"
+            )
 
 
-def test_twenty_stops_at_random_steps(shop, tmp_path):
+def test_twenty_stops_at_random_steps(check, shop, tmp_path):
     """Dropout, a plateau scheduler, a monitor that logs at the start of an epoch, a checkpoint every three steps."""
     draw = random.Random(7)
     stops = draw.sample([(batch, end) for batch in range(N_EPOCHS * N_BATCHES) for end in (False, True)], 20)
@@ -208,26 +178,26 @@ def test_twenty_stops_at_random_steps(shop, tmp_path):
     ],
     ids=["accumulated", "validation amid an epoch", "both", "counted in steps", "reloaded"],
 )
-def test_stops_under_other_trainers(shop, tmp_path, trainer, stops):
+def test_stops_under_other_trainers(check, shop, tmp_path, trainer, stops):
     check(lambda name: Runs(shop, tmp_path / name, plateau=True, every=1, **trainer), stops)
 
 
-def test_workers_that_fetch_ahead_lose_nothing(shop, tmp_path):
+def test_workers_that_fetch_ahead_lose_nothing(check, shop, tmp_path):
     check(lambda name: Runs(shop, tmp_path / name, every=2, workers=1), [(3, True), (12, False)])
 
 
-def test_early_stopping_is_remembered_by_a_run_killed_after_its_last_checkpoint(shop, tmp_path):
+def test_early_stopping_is_remembered_by_a_run_killed_after_its_last_checkpoint(shop, tmp_path, broken):
     """The stop itself is in no state of Lightning's; without it the run would go on for another epoch."""
 
     class KilledInTheEnd(Callback):
         def on_fit_end(self, trainer, pl_module):
-            raise Broken
+            raise broken
 
     def callbacks():
         return [EarlyStopping(monitor="val/loss", mode="max", patience=1, stopping_threshold=-1.0)]
 
     runs = Runs(shop, tmp_path, callbacks=callbacks)
-    with pytest.raises(Broken):
+    with pytest.raises(broken):
         runs.fit(KilledInTheEnd())
     trainer, *_ = runs.fit()
     assert trainer.current_epoch == 1

@@ -3,10 +3,9 @@
 import random
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from lightning import Callback, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules import StockPricesDataModule
@@ -21,11 +20,14 @@ from lightning_modules.run_folder import RunLogger, drop_rows_after
 from lightning_modules.topology import TopologicalRepresentation
 
 EPOCHS, BATCHES = 3, 6
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers",
-    "ignore:.*smaller than the logging",
-    "ignore:Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:.*does not have many workers",
+        "ignore:.*smaller than the logging",
+        "ignore:Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
+    ),
+]
 
 
 class Denoising(ConvAutoencoder):
@@ -33,34 +35,6 @@ class Denoising(ConvAutoencoder):
 
     def loss(self, windows):
         return super().loss(windows + 0.002 * torch.randn_like(windows))
-
-
-class Broken(Exception):
-    pass
-
-
-class BreakAt(Callback):
-    """Dies at the start or the end of a training batch, counted over all epochs."""
-
-    def __init__(self, batch, at_end):
-        self.batch, self.at_end = batch, at_end
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if not self.at_end and trainer.fit_loop.total_batch_idx == self.batch:
-            raise Broken
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if self.at_end and trainer.fit_loop.total_batch_idx == self.batch:
-            raise Broken
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums of several threads need not repeat bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -140,35 +114,19 @@ def outcome(files, network, folder):
     }
 
 
-def assert_same(one, two, where=""):
-    assert type(one) is type(two), where
-    if isinstance(one, dict):
-        assert list(one) == list(two), where
-        for key in one:
-            assert_same(one[key], two[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), where
-        for number, (left, right) in enumerate(zip(one, two, strict=True)):
-            assert_same(left, right, f"{where}[{number}]")
-    elif isinstance(one, torch.Tensor):
-        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True, msg=where)
-    elif isinstance(one, np.ndarray):
-        np.testing.assert_array_equal(one, two, err_msg=where)
-    else:
-        assert one == two, where
-
-
 def stops(n, seed):
     every = [(batch, at_end) for batch in range(EPOCHS * BATCHES) for at_end in (False, True)]
     return random.Random(seed).sample(every, n)
 
 
 @pytest.mark.parametrize(("network", "n_stops"), [("autoencoder", 16), ("topology", 4)])
-def test_broken_off_anywhere_it_ends_as_the_unbroken_run(files, tmp_path, network, n_stops):
+def test_broken_off_anywhere_it_ends_as_the_unbroken_run(
+    files, tmp_path, network, n_stops, break_at, broken, assert_same
+):
     unbroken = outcome(files, network, tmp_path / "unbroken")
     assert unbroken["metrics"].count("\n") > EPOCHS
     for number, (batch, at_end) in enumerate(stops(n_stops, seed=4)):
         folder = tmp_path / str(number)
-        with pytest.raises(Broken):
-            fit(files, network, folder, BreakAt(batch, at_end))
+        with pytest.raises(broken):
+            fit(files, network, folder, break_at(batch, at_end))
         assert_same(outcome(files, network, folder), unbroken, f"stopped at batch {batch}, {at_end=}: ")
