@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 
 _T = TypeVar("_T")
 _LARGE = 1 << 20  # elements; larger gradients are sent as they lie, smaller ones joined
+_PIECE = 1 << 24  # elements of a table that are sent at once
 
 
 def n_processes() -> int:
@@ -75,6 +76,24 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         joined /= world
         for gradient, mean in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
+
+
+def sum_in_place(table: Tensor, device: torch.device | str) -> Tensor:
+    """Put the sum over processes in place of a table that each filled a part of; exact where all but one hold 0.
+
+    Args:
+        table: The same shape in every process, contiguous.
+        device: Where sums are made, that of the model: a table that lies elsewhere is sent in pieces.
+
+    Returns:
+        The table itself.
+    """
+    if n_processes() > 1:
+        for piece in table.view(-1).split(_PIECE):
+            sent = piece.to(device)
+            distributed.all_reduce(sent)
+            piece.copy_(sent)
+    return table
 
 
 def gather_objects(own: _T) -> list[_T]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.collectives import same_everywhere
+from lightning_modules.collectives import n_processes, rank, same_everywhere, sum_in_place
 from lightning_modules.context.as_of import sample_context_users
 from lightning_modules.context.bank import ContextBank
 from lightning_modules.context.enriched import EnrichedEncoder
@@ -29,7 +29,7 @@ DRIFT_USERS = 64
 class FitContexts:
     """One bank for all branches of a frozen encoder, one for each branch whose encoder is tuned.
 
-    Of several processes each encodes all events by the same weights, which takes no longer than in one.
+    Of several processes each encodes a part of the events by the same weights, and all read the whole.
 
     Args:
         model: Whose branches are trained.
@@ -86,7 +86,9 @@ class FitContexts:
             if refresh.due(self.steps, epoch):
                 source: Any = refresh.source(self._model.encoder_of(name))
                 same_everywhere(source)  # statistics of its norms are those of each process' own batches
-                states = encode_table(source, self._events, window=self._model.rules.window)
+                part = rank(), n_processes()
+                states = encode_table(source, self._events, window=self._model.rules.window, part=part)
+                sum_in_place(states, next(source.parameters()).device)
                 self.banks[name] = self._model.bank(states, self._events, self._context_users, self._stop)
                 refresh.done(self.steps, epoch)
 

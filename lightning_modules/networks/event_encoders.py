@@ -271,6 +271,7 @@ def encode_table(
     *,
     max_tokens: int = 65536,
     window: int | None = None,
+    part: tuple[int, int] = (0, 1),
     progress: bool = False,
 ) -> Tensor:
     """States after every event of every user, in evaluation mode and without gradient.
@@ -286,6 +287,8 @@ def encode_table(
             of user u are rows ``offsets[u]`` to ``offsets[u + 1]``.
         max_tokens: Most steps of a padded batch.
         window: Events a state may see; ``None`` for all.
+        part: ``(i, n)``: of the padded batches only each n-th is encoded, beginning with the i-th; other rows are 0, so
+            that the n tables add up to the whole one, bit for bit.
         progress: Whether to show a bar.
 
     Returns:
@@ -301,15 +304,15 @@ def encode_table(
     if window is not None and not 1 <= window <= (encoder.max_length or window):
         most = "" if encoder.max_length is None else f" and at most the encoder's max_length={encoder.max_length}"
         raise ValueError(f"window must be at least 1{most}, got {window}")
-    table = torch.empty(n_events, encoder.d_model, device=offsets.device)
+    table = torch.zeros(n_events, encoder.d_model, device=offsets.device)
     were_training = {module: module.training for module in encoder.modules()}
     encoder.eval()
     try:
         with tqdm(total=n_events, desc="encoding", unit="event", disable=not progress) as bar:
             pieces = (
-                _unrolled(encoder, events, max_tokens)
+                _unrolled(encoder, events, max_tokens, part)
                 if window is None and encoder.max_length is None
-                else _segmented(encoder, events, max_tokens, window)
+                else _segmented(encoder, events, max_tokens, window, part)
             )
             for rows, states in pieces:
                 table[rows] = states.to(table)
@@ -320,15 +323,19 @@ def encode_table(
     return table
 
 
-def _unrolled(encoder: EventEncoder, events: Mapping[str, Tensor], max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _unrolled(
+    encoder: EventEncoder, events: Mapping[str, Tensor], max_tokens: int, part: tuple[int, int]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and states of users side by side, longest first: those who still have events are always the first ones."""
     lengths, users = events["offsets"].diff().sort(descending=True, stable=True)
-    begin, n_users = 0, int((lengths > 0).sum())
+    begin, n_users, turn = 0, int((lengths > 0).sum()), -1
     while begin < n_users:
         n_steps = min(int(lengths[begin]), CHUNK_STEPS, max_tokens)
         block = slice(begin, min(n_users, begin + max_tokens // n_steps))
         first, left = events["offsets"][users[block]], lengths[block]
-        begin = block.stop
+        begin, turn = block.stop, turn + 1
+        if turn % part[1] != part[0]:
+            continue
         memory = None
         before = first
         while len(left):
@@ -344,7 +351,7 @@ def _unrolled(encoder: EventEncoder, events: Mapping[str, Tensor], max_tokens: i
 
 
 def _segmented(
-    encoder: EventEncoder, events: Mapping[str, Tensor], max_tokens: int, window: int | None
+    encoder: EventEncoder, events: Mapping[str, Tensor], max_tokens: int, window: int | None, part: tuple[int, int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and states of segments that are encoded each by itself; of a segment the steps from ``kept`` on count."""
     offsets = events["offsets"]
@@ -365,10 +372,12 @@ def _segmented(
         kept = sizes - 1
     sizes, order = sizes.sort(descending=True, stable=True)
     first, kept = first[order], kept[order]
-    begin = 0
+    begin, turn = 0, -1
     while begin < len(sizes):
         block = slice(begin, begin + max(1, max_tokens // int(sizes[begin])))
-        begin = block.stop
+        begin, turn = block.stop, turn + 1
+        if turn % part[1] != part[0]:
+            continue
         batch, rows = _padded(events, first[block], sizes[block], encoder)
         counts = batch["mask"].to(rows.device) & (rows >= (first + kept)[block].unsqueeze(1))
         yield rows[counts], encoder.encode_steps(batch)[counts.to(batch["mask"].device)]

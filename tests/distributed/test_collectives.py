@@ -13,6 +13,7 @@ from lightning_modules.collectives import (
     rank,
     same_everywhere,
     share,
+    sum_in_place,
 )
 
 SIZES = {2: [3, 0], 3: [2, 0, 5]}
@@ -35,6 +36,13 @@ def contrastive(z):
 
 def refused():
     raise ValueError("no such file")
+
+
+def filled_by(world, number):
+    """Rows of a table that process ``number`` of several has; 0 elsewhere."""
+    table = torch.zeros(7, 3)
+    table[number::world] = torch.randn(7, 3, generator=torch.Generator().manual_seed(5))[number::world]
+    return table
 
 
 def together(world):
@@ -69,6 +77,7 @@ def together(world):
         "error": error,
         "mean": drifted.running_mean,
         "no rows": share(0.0),
+        "summed": sum_in_place(filled_by(world, rank()), "cpu"),
     }
 
 
@@ -93,6 +102,7 @@ def test_processes_together_equal_one(in_processes, world):
         assert found["error"] == "no such file"
         assert torch.equal(found["mean"], torch.zeros(3))
         assert float(found["no rows"]) == 0
+        assert torch.equal(found["summed"], filled_by(1, 0))
 
 
 def test_alone_nothing_changes():
@@ -104,6 +114,7 @@ def test_alone_nothing_changes():
     assert share(3) == 1.0
     own = torch.ones(2, 2)
     assert gather_rows(own)[0] is own
+    assert torch.equal(sum_in_place(own, "cpu"), torch.ones(2, 2))
     assert gather_objects("x") == ["x"]
     with pytest.raises(ValueError, match="no such file"):
         from_first(refused)

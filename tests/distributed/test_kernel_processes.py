@@ -25,9 +25,10 @@ from lightning_modules.context import (
     KernelAttention,
     Live,
     LogisticProbe,
+    fit_contexts,
 )
 from lightning_modules.losses import CPC, CoLES, NextEvent, Supervised
-from lightning_modules.networks import RecurrentEncoder
+from lightning_modules.networks import RecurrentEncoder, encode_table
 
 VOCABULARIES = [7, 4]
 FACTS = {"d": 5, "vocabulary_sizes": VOCABULARIES, "n_numeric": 2}
@@ -167,7 +168,9 @@ def fitted(folder, case, world):
     rows = 60 if case == "supervised" else 6  # there are many more queries than users
     data = events_of(folder, sampler, batch_size=rows // world)
     module, trainer = module_of(data, settings), trainer_of(world, folder)
-    trainer.fit(module, data)
+    with pytest.MonkeyPatch.context() as patch:  # as many blocks of a bank as make each process encode some
+        patch.setattr(fit_contexts, "encode_table", partial(encode_table, max_tokens=64))
+        trainer.fit(module, data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return module.state_dict(), module.contexts.state_dict(), metrics, trainer.global_step
 

@@ -278,6 +278,18 @@ def test_chunks_that_hand_on_memory_equal_whole_sequences(name, lengths, max_tok
     torch.testing.assert_close(found, states_of_each_user(encoder, events), **ROUNDING)
 
 
+@pytest.mark.parametrize(("name", "settings"), [("gru", {}), ("transformer", {"max_length": 4}), ("lstm", {})])
+@pytest.mark.parametrize("window", [None, 3])
+def test_parts_add_up_to_the_whole_table_bit_for_bit(name, settings, window):
+    encoder, events = build(name, **settings), events_of([17, 0, 4, 5, 1, 9, 2])
+    whole = encode_table(encoder, events, max_tokens=9, window=window)
+    parts = [encode_table(encoder, events, max_tokens=9, window=window, part=(i, 3)) for i in range(3)]
+    assert torch.equal(sum(parts), whole)
+    filled = torch.stack([(part != 0).any(1) for part in parts])
+    assert (filled.sum(0) == 1).all(), "a row in two parts or none"
+    assert filled.any(1).all(), "a part without rows"
+
+
 def segment_of(row, first, longest):
     """First row that the state of ``row`` is read from, by walking the segments of a history."""
     begin, end = first, first + longest
