@@ -30,7 +30,7 @@ from lightning_modules.attacks.judges import FittedJudge, Judge, NetworkJudge, c
 from lightning_modules.attacks.series_batches import whole_split, without_padding
 from lightning_modules.attacks.study import AdversarialSeries, AttackStudy, Role, SeenLevel
 from lightning_modules.attacks.victims import check_logits, load_victim
-from lightning_modules.collectives import from_first, gather_objects, gather_rows, rank, share
+from lightning_modules.collectives import from_first, gather_rows, share
 from lightning_modules.many_devices import require_replicas
 from lightning_modules.metrics import EpochMean
 from lightning_modules.metrics.attack_functional import detector_auc
@@ -64,8 +64,9 @@ class ConcealedAttacker(LightningModule):
     A discriminator is a valid judge if it sees the vanilla attacks that it was trained against, at all of its levels,
     on validation series: mean AUC of at least 0.8.
 
-    A checkpoint of an unfinished fit holds the state of random numbers and all adversarial series so far (one array as
-    large as the split for each level and attack), so that a fit resumed after any step equals an unbroken one.
+    A checkpoint of an unfinished fit holds all adversarial series so far (one array as large as the split for each
+    level and attack), so that a fit resumed after any step equals an unbroken one, given
+    :class:`~lightning_modules.callbacks.RandomState` among the callbacks, as the command has it.
 
     Of several processes each takes its part of a batch, and gradients are those of the joined batch; adversarial series
     are made by the process that needs them first, and given to all. Attacks are chosen, and judges fitted, by the first
@@ -165,7 +166,6 @@ class ConcealedAttacker(LightningModule):
         self._validated: list[Tensor] = []
         self._scores: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._best_classifier: tuple[float, dict[str, Tensor]] | None = None
-        self._random: list[dict[str, Tensor]] | None = None
         # What the end of a fit finds: tensors, numbers, strings.
         self.found: dict[str, Any] | None = None
 
@@ -251,12 +251,6 @@ class ConcealedAttacker(LightningModule):
         # on_train_epoch_start is not called where a fit resumes amid an epoch.
         if self._discriminator_epoch >= 0:
             self.classifier.eval()
-        if self._random is not None:
-            # Not before: what a resumed fit draws until here, an unbroken one does not. Another number of processes
-            # than wrote the checkpoint has no stream to go on with in some of them.
-            if rank() < len(self._random):
-                _set_random_state(self._random[rank()], self.device)
-            self._random = None
 
     def on_train_epoch_start(self) -> None:
         """Freeze the classifier, statistics too, once discriminators train; remember them where a round begins."""
@@ -567,7 +561,6 @@ class ConcealedAttacker(LightningModule):
         checkpoint["unfinished"] = None
         if self.found is None:
             checkpoint["unfinished"] = {
-                "random": gather_objects(_random_state(self.device)),  # one a process: their dropout differs
                 "best_classifier": self._best_classifier,
                 "snapshots": {
                     key: [network.state_dict() for network in networks] for key, networks in self._snapshots.items()
@@ -591,7 +584,7 @@ class ConcealedAttacker(LightningModule):
         unfinished = checkpoint.get("unfinished")
         if unfinished is None:
             return
-        self._random, self._best_classifier = unfinished["random"], unfinished["best_classifier"]
+        self._best_classifier = unfinished["best_classifier"]
         for key, states in unfinished["snapshots"].items():
             self._snapshots[key] = [deepcopy(network) for network in self.attacked_networks()]
             for network, state in zip(self._snapshots[key], states, strict=True):
@@ -609,20 +602,6 @@ class ConcealedAttacker(LightningModule):
         copies = [network for number in range(len(self.plans)) for network in self._copies(number)]
         of_classifier = [self.classifier_optimizer(self.classifier.parameters())] if self.classifier_epochs else []
         return of_classifier + [self.discriminator_optimizer(network.parameters()) for network in copies]
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """State of torch's generators of the CPU and of a GPU that is used."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def _seed() -> int:
