@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_modules.attacks.class_losses import decisions
 from lightning_modules.attacks.discriminators import AttackPlan, DiscriminatorPlan
 from lightning_modules.attacks.engine import Attack, AttackResult
-from lightning_modules.attacks.frozen_networks import Network, logits_of
+from lightning_modules.attacks.frozen_networks import Network, logits_of, pass_rows
 from lightning_modules.attacks.grid import grid_points, run_grid
 from lightning_modules.attacks.judges import (
     FittedJudge,
@@ -156,7 +156,7 @@ def run_chosen(
         detectors=detectors,
         generator=seed,
         stop=choice["iteration"],
-        batch_size=None if attack.couples_batch else max_rows,
+        batch_size=None if attack.couples_batch else pass_rows(series["series"], max_rows),
         **strengths,
     )
 

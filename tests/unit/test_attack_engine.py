@@ -29,9 +29,11 @@ from lightning_modules.attacks import (
     Vanilla,
     ZNormManifold,
     decisions,
+    frozen_networks,
     grid_points,
     run_grid,
 )
+from lightning_modules.attacks.frozen_networks import pass_rows
 
 B, T, C = 6, 24, 2
 
@@ -236,6 +238,43 @@ def test_order_and_batch_size_do_not_matter(series, name):
         torch.testing.assert_close(parts.x_adv, whole.x_adv, **close)
         torch.testing.assert_close(parts.detector_logits, whole.detector_logits, **close)
         assert torch.equal(parts.chosen, whole.chosen)
+
+
+class Watched(Net):
+    """Notes how many series each pass has, and how many of them a backward."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed=seed)
+        self.forwards, self.backwards = [], []
+
+    def forward(self, series):
+        self.forwards.append(len(series))
+        logits = super().forward(series)
+        if logits.requires_grad:
+            logits.register_hook(lambda slope: self.backwards.append(len(slope)))
+        return logits
+
+
+def test_a_cpu_gets_equal_parts_that_fit_its_caches(monkeypatch):
+    assert pass_rows(torch.zeros(256, 301, 1)) == 128
+    assert pass_rows(torch.zeros(257, 301, 1)) == 129
+    assert pass_rows(torch.zeros(300, 301, 1), most=50) == 50
+    assert pass_rows(torch.zeros(3, 100_000, 1)) == 1
+    assert pass_rows(torch.zeros(0, 5, 1)) == 1
+    assert pass_rows(torch.zeros(256, 301, 1, device="meta")) == 256
+    monkeypatch.setattr(frozen_networks, "CPU_PASS_STEPS", 4 * T)
+    x, y = torch.randn(6, T, C, generator=torch.Generator().manual_seed(4)), torch.tensor([0, 1, 1, 0, 1, 0])
+    network = Watched()
+    attack = Attack(Vanilla(), PGDStep(), projection=Linf(0.2), n_steps=2)
+    whole = attack(network, x, y, batch_size=6)
+    assert set(network.forwards) == {6}
+    network.forwards.clear()
+    parts = attack(network, x, y)
+    assert network.forwards == [3] * 6, "two parts, of two steps and a last look each"
+    torch.testing.assert_close(parts.x_adv, whole.x_adv)
+    network.forwards.clear()
+    Attack(Vanilla(), SquareSearch(), projection=Linf(0.2), n_steps=2)(network, x, y)
+    assert set(network.forwards) == {3}, "no gradient, no coupling"
 
 
 def test_sign_step_is_bitwise_the_same_alone_and_in_a_batch():
@@ -468,6 +507,15 @@ def test_grid_equals_its_configurations_one_by_one(series, max_rows):
         torch.testing.assert_close(grid.logits[number], alone.logits, rtol=0, atol=1e-10)
         torch.testing.assert_close(grid.detector_logits[number], alone.detector_logits, rtol=0, atol=1e-10)
     assert not torch.equal(grid.logits[0, 0], grid.logits[1, 0])  # restarts differ
+
+
+def test_a_grid_takes_no_gradient_of_detectors_for_configurations_without_weight(series):
+    victim, detector = Watched(), Watched(seed=1)
+    points = grid_points(steps=[0.1, 0.2], alphas=[0.0, 1.0])
+    run_grid(Attack(SumReg(), SignStep(), n_steps=1), victim, *series, points, detectors=[detector])
+    assert sum(victim.backwards) == 4 * B
+    assert sum(detector.backwards) == 2 * B
+    assert sum(detector.forwards) == 2 * 4 * B, "both iterates are scored by it all the same"
 
 
 def test_bad_and_zero_gradients_are_counted(series):
