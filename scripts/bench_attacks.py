@@ -9,9 +9,10 @@ architecture: SumReg with sign steps and PGD on the logit margin. The bare loop 
 parameters, one forward and backward pass a step, the logits of every iterate kept, and no checks. Both run in turn,
 pair after pair, the first of a pair alternating; the ratio is the median over pairs. Series and logits of both are
 compared first, with all series in one pass as the loop has them, bit for bit on a CPU, and nothing is reported if they
-differ; nor if an iterate of the unprojected run is not, with its logits, the end of a run of so many steps. Timed is the
-default, which cuts a batch on a CPU into parts; ``--whole`` times all series in one pass. Where torchattacks, foolbox or ART is installed, its PGD
-joins in, on the same networks, ball and steps with cross-entropy; nothing is reported if it ends with another accuracy.
+differ; nor if an iterate of the unprojected run is not, with its logits, the end of a run of so many steps. Timed is
+the default, which cuts a batch on a CPU into parts; ``--whole`` times all series in one pass. Where torchattacks,
+foolbox or ART is installed, its PGD joins in, on the same networks, ball and steps with cross-entropy; nothing is
+reported if it ends with another accuracy.
 
 Then a grid of 3 steps and 4 weights as one batch against its 12 configurations one by one, on as many series as the
 smallest data sets have.
