@@ -206,7 +206,10 @@ def _panel(judged: dict[str, Any], panel: Sequence[JudgeRecord]) -> dict[str, An
     rates = [key(rate) for rate in FALSE_ALARMS]
     joint = {rate: {name: row["joint_success"][rate] for name, row in rows.items()} for rate in rates}
     return {
-        "success": {form: _spread({name: row["success"][form] for name, row in rows.items()}) for form in _FORMS},
+        **{
+            what: {form: _spread({name: row[what][form] for name, row in rows.items()}) for form in _FORMS}
+            for what in ("concealability", "success")
+        },
         "detection": {
             rate: _spread({name: row["detection"][rate] for name, row in rows.items()}, largest_is_worst=True)
             for rate in rates
