@@ -14,8 +14,9 @@
 Each size runs in a process of its own, whose memory is read every few milliseconds from outside, children included:
 ``anonymous`` is what the process cannot give back, ``resident`` holds the pages of mapped files too, which the system
 takes back when it needs them. Growth is the slope of log cost against log size, over all sizes and between the last
-two; 1 is linear. Memory is fitted above what the imports take. Synthetic rows are a hash of their number: they are
-written a chunk at a time and are the same in every run.
+two; 1 is linear. Memory is fitted above what the imports take. With ``--max-gb`` or ``--max-slope`` the exit status is
+1 where more anonymous memory was taken or a cost grew faster over all sizes (k-means and Ward aside). Synthetic rows
+are a hash of their number: they are written a chunk at a time and are the same in every run.
 """
 
 from __future__ import annotations
@@ -279,12 +280,13 @@ def measure_here(part: str, phase: str, size: int, folder: Path) -> None:
     print(json.dumps({"imports": imports, "timings": timings}))
 
 
-def measure(name: str, args: argparse.Namespace) -> Costs:
-    """All phases and sizes of a part: print a row each, then growth; costs by name, medians."""
+def measure(name: str, args: argparse.Namespace) -> tuple[Costs, list[str]]:
+    """All phases and sizes of a part: print a row each, then growth; costs by name, medians, and what is too much."""
     part = PARTS[name]
     sizes = sorted(args.sizes or part.sizes)
     phases = [phase for phase in part.phases if args.phases is None or phase in args.phases]
     costs: Costs = {}
+    too_much: list[str] = []
     print(f"\n### {name}\n{part.shapes}; median / least / most of {args.repeats} processes\n")
     print(f"| {part.unit} | phase | time | peak anonymous, MB | of it above imports | bytes each | peak resident, MB |")
     print("|---" * 7 + "|")
@@ -299,6 +301,9 @@ def measure(name: str, args: argparse.Namespace) -> Costs:
                     runs.append(watched(["--measure", name, phase, str(size), scratch], args.threads))
                     shutil.rmtree(folder / "cache", ignore_errors=True)
                 above = [run["anonymous"] - run["imports"] for run in runs]
+                largest = max(run["anonymous"] for run in runs) / 1e9
+                if args.max_gb is not None and largest > args.max_gb:
+                    too_much.append(f"{phase} of {size:,} {part.unit} took {largest:.2f} GB")
                 timings = {key: [s for run in runs for s in run["timings"][key]] for key in runs[0]["timings"]}
                 shown = "; ".join(f"{spread(seconds)} {key}" for key, seconds in timings.items())
                 print(
@@ -314,8 +319,11 @@ def measure(name: str, args: argparse.Namespace) -> Costs:
     if len(sizes) > 1:
         print("\n| cost | slope over all sizes | between the last two |\n|---|---|---|")
         for key, (at, values) in costs.items():
-            print("| {} | {:.2f} | {:.2f} |".format(key, *growth(at, values)))
-    return costs
+            over_all, last = growth(at, values)
+            print(f"| {key} | {over_all:.2f} | {last:.2f} |")
+            if args.max_slope is not None and over_all > args.max_slope and not key.startswith(("k-means", "ward")):
+                too_much.append(f"{key} grows with slope {over_all:.2f}")
+    return costs, too_much
 
 
 def main() -> None:
@@ -326,6 +334,8 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", help="of the part; default all")
     parser.add_argument("--repeats", type=int, default=3, help="processes a size and phase")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max-gb", type=float, help="10^9 bytes that no process may exceed")
+    parser.add_argument("--max-slope", type=float, help="growth that no cost may exceed")
     parser.add_argument("--plots", type=Path, help="folder for growth_<part>.png")
     parser.add_argument("--scratch", type=Path, help="folder for synthetic rows and caches; default the system's")
     parser.add_argument("--measure", nargs=4, metavar=("PART", "PHASE", "SIZE", "FOLDER"), help=argparse.SUPPRESS)
@@ -348,10 +358,14 @@ def main() -> None:
         f"device cpu ({platform.processor() or platform.machine()}, {os.cpu_count()} cores), {args.threads} threads; "
         f"{versions}; load {os.getloadavg()[0]:.1f}"
     )
+    too_much = []
     for name in args.only:
-        costs = measure(name, args)
+        costs, more = measure(name, args)
+        too_much += more
         if args.plots:
             plot(name, PARTS[name].unit, costs, args.plots)
+    if too_much:
+        sys.exit("too much: " + "; ".join(too_much))
 
 
 if __name__ == "__main__":
