@@ -6,14 +6,20 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not everywhere: processes then prepare side by side
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT_VERSION = 1
 """Part of the key: raised when the arrays change in meaning."""
@@ -105,8 +111,10 @@ def content_digests(paths: Sequence[Path], cache_dir: Path) -> list[str]:
 def open_or_build(cache_dir: Path, settings: dict[str, Any], prepare: Callable[[], Prepared]) -> CacheFolder:
     """Open the folder for these settings; if there is none, or it is damaged, prepare it anew.
 
-    A folder is written under another name and renamed when it is whole, so that a process that dies leaves nothing
-    that is used, and of several that write the same the first one wins. What dead processes left is removed.
+    Of several processes that ask at the same time one prepares, and the others wait and read: as many times the memory
+    would be needed else. A folder is written under another name and renamed when it is whole, so that a process that
+    dies leaves nothing that is used, and where disks know no locks, of several that write the same the first one wins.
+    What dead processes left is removed.
 
     Args:
         cache_dir: Where the folders lie; made if needed.
@@ -117,9 +125,17 @@ def open_or_build(cache_dir: Path, settings: dict[str, Any], prepare: Callable[[
     key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
     path = cache_dir / key
     found = _open_whole(path)
-    if found is not None:
-        logger.info("cache %s", path)
-        return found
+    if found is None:
+        with _alone(path):
+            found = _open_whole(path)  # another process may have prepared it in the meantime
+            if found is None:
+                return _build(path, settings, prepare)
+    logger.info("cache %s", path)
+    return found
+
+
+def _build(path: Path, settings: dict[str, Any], prepare: Callable[[], Prepared]) -> CacheFolder:
+    cache_dir, key = path.parent, path.name
     _remove_leftovers(cache_dir)
     draft = cache_dir / f".building-{key}-{_process_name()}"
     shutil.rmtree(draft, ignore_errors=True)  # in a container every process may have the same number
@@ -140,6 +156,41 @@ def open_or_build(cache_dir: Path, settings: dict[str, Any], prepare: Callable[[
         shutil.rmtree(draft, ignore_errors=True)
     logger.info("cache %s written", path)
     return CacheFolder(path)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock of what is to be made at ``path``.
+
+    One process at a time has it, of this machine and, where the disk is shared and knows locks, of all. The system
+    takes it back from a process that dies. Where there are no locks nobody waits.
+    """
+    name = path.with_name(f"{path.name}.lock")
+    stream = None if fcntl is None else _locked(name)
+    try:
+        yield
+    finally:
+        if stream is not None:
+            name.unlink(missing_ok=True)  # still held: who waited for it sees that it is gone, and makes another
+            stream.close()
+
+
+def _locked(name: Path) -> BinaryIO | None:
+    """The file, open and locked; None on a disk without locks."""
+    while True:
+        stream = name.open("ab")
+        try:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("waiting for another process that prepares %s", name.with_suffix(""))
+                fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError:
+            stream.close()
+            return None
+        if os.fstat(stream.fileno()).st_nlink > 0:
+            return stream
+        stream.close()
 
 
 def _open_whole(path: Path) -> CacheFolder | None:

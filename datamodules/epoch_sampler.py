@@ -3,6 +3,10 @@
 A loader whose epoch was interrupted goes on behind the batches that were done: it speaks Lightning's protocol of
 stateful loaders (``state_dict``, ``load_state_dict``), and a checkpoint holds its place as two integers. They count
 batches that were handed over, so that what worker processes had fetched ahead is neither lost nor repeated.
+
+A data set must draw by the number it is asked for (:mod:`datamodules.counter_hash`), never from a global stream: those
+of worker processes are in no checkpoint and begin anew when a run is resumed, and without workers the stream is the
+model's.
 """
 
 from collections.abc import Iterator, Sequence

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +83,7 @@ class EventLog:
         validation_start: T1 of the time split, else ``FOREVER``.
         test_start: T2 of the time split, else ``FOREVER``.
         n_before: Least own events before a query.
+        observed_until: End of the observation, exclusive; None is the first microsecond after the last event.
     """
 
     offsets: Ints
@@ -98,6 +99,7 @@ class EventLog:
     validation_start: int
     test_start: int
     n_before: int
+    observed_until: int | None = None
 
     @property
     def n_users(self) -> int:
@@ -106,8 +108,8 @@ class EventLog:
 
     @cached_property
     def end(self) -> int:
-        """The first microsecond after the last event."""
-        return int(self.times.max()) + 1
+        """End of the observation, exclusive: by default the first microsecond after the last event."""
+        return int(self.times.max()) + 1 if self.observed_until is None else self.observed_until
 
     @cached_property
     def users(self) -> Ints:
@@ -159,6 +161,33 @@ class EventLog:
     def microseconds(self, days: float) -> int:
         """A horizon in the unit of the times."""
         return round(days * DAY)
+
+    def part(self, users: Ints, stop: int) -> tuple["EventLog", Ints]:
+        """The events before ``stop`` of some users, as a log of the same observation; and who still has any.
+
+        Args:
+            users: ``(n,)``, increasing.
+            stop: Microseconds.
+
+        Returns:
+            The log, whose user i is user ``kept[i]`` of this one; ``kept (m,)``.
+        """
+        wanted = np.zeros(self.n_users, dtype=bool)
+        wanted[users] = True
+        rows = wanted[self.users] & (self.times < stop)
+        counts = np.bincount(self.users[rows], minlength=self.n_users)
+        kept = np.flatnonzero(counts)
+        return replace(
+            self,
+            offsets=np.concatenate([[0], np.cumsum(counts[kept])]).astype(np.int64),
+            times=self.times[rows],
+            codes={name: codes[rows] for name, codes in self.codes.items()},
+            numbers={name: numbers[rows] for name, numbers in self.numbers.items()},
+            static={name: labels[kept] for name, labels in self.static.items()},
+            user_folds=self.user_folds[kept],
+            user_words=self.user_words[kept],
+            observed_until=self.end,
+        ), kept
 
 
 def prepare_events(files: Sequence[Path], users_path: Path | None, settings: EventSettings) -> Prepared:

@@ -30,8 +30,9 @@ from datamodules.event_preparation import (
     open_log,
     prepare_events,
 )
+from datamodules.event_published import FinalDays
 from datamodules.event_targets import EventTarget, LocalLabel, StaticLabel
-from datamodules.label_checks import check_labels, warnings_of
+from datamodules.label_checks import asks_by_outcome, check_labels, warnings_of
 from datamodules.sources.cells import TABLE_ENDINGS
 from datamodules.sources.events import Duplicates, EventColumns, NumberUnit, parse_expression
 from datamodules.sources.file_names import resolve_paths
@@ -101,7 +102,8 @@ class EventSequencesDataModule(LightningDataModule):
         min_events: Least own events before a query; counted in the past alone, so that it tells nothing of the label.
         sampler: What training batches are; None is no training.
         targets: Name -> what is asked.
-        reference_mode: Whether rules whose time depends on the outcome are allowed; they are marked.
+        reference_mode: Whether rules whose time depends on the outcome, and labels that do, are allowed; they are
+            marked.
         batch_size: Users, or queries of ``TailWindows``, in a training batch and process.
         num_workers: Worker processes of training.
         seed: Of the folds.
@@ -110,8 +112,9 @@ class EventSequencesDataModule(LightningDataModule):
         cache_dir: Folder of the cache.
 
     Raises:
-        ValueError: If an argument is out of its range, a label is also a feature, a rule depends on the outcome
-            without ``reference_mode``; on first use, if the files cannot serve.
+        ValueError: If an argument is out of its range, a label is also a feature, a rule or label says that it depends
+            on the outcome without ``reference_mode``; on first use, if the files cannot serve, or a rule asks at other
+            moments where later events are cut off.
         FileNotFoundError: On first use, if no file matches.
     """
 
@@ -227,6 +230,7 @@ class EventSequencesDataModule(LightningDataModule):
         self._min_events = min_events
         self._sampler = sampler
         self._targets = targets
+        self._reference_mode = reference_mode
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._sampling_seed = sampling_seed
@@ -385,6 +389,10 @@ class EventSequencesDataModule(LightningDataModule):
             log, settings = self._events_log(), self._settings
             found = {name: target.queries(log) for name, target in self._targets.items()}
             for name, queries in found.items():
+                by_outcome = asks_by_outcome(self._targets[name].rule, log)
+                if by_outcome is not None and not self._reference_mode:
+                    raise ValueError(f"target {name!r}: {by_outcome}")
+                queries["outcome_dependent"] |= by_outcome is not None
                 if not len(queries["users"]):
                     raise ValueError(
                         f"target {name!r}: no query is left; each needs {self._min_events} own events before it, its "
@@ -463,11 +471,18 @@ def _check_targets(
                 f"target {name!r}: the query time of {type(target.rule).__name__} depends on the outcome and tells the "
                 "label; ask AfterFirstEvent, AfterDelay, CalendarDates or RandomTimes, or reproduce with reference_mode"
             )
+        if target.outcome_dependent and not reference_mode:
+            raise ValueError(
+                f"target {name!r}: {type(target).__name__} ({target.description}) is made from the end of a user's "
+                "history, which nobody knows at t; ask NoEventWithin, EventWithin or AmountAbove, or reproduce with "
+                "reference_mode"
+            )
         for kind, columns, argument in (
             (StaticLabel, labels, "label_columns"),
+            (FinalDays, labels, "label_columns"),
             (LocalLabel, local_labels, "local_label_columns"),
         ):
-            if isinstance(target, kind) and target.column not in columns:
+            if isinstance(target, kind) and target.column is not None and target.column not in columns:
                 raise ValueError(f"target {name!r}: {target.column!r} is not in {argument} {columns}")
 
 

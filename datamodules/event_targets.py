@@ -4,7 +4,8 @@ A query (u, t) knows the user's own events with time < t. A horizon of h days as
 exactly t is in neither: at t it is not yet known, and a label that counted it would be about the present.
 
 A query rule must not be a function of the label. "Just before the deciding event" is one: it tells that something is
-decided next. Such rules exist for reproduction alone (``reference_mode``) and mark what was asked by them.
+decided next. Such rules, and labels that look at the end of a history, exist for reproduction alone
+(``reference_mode``, :mod:`datamodules.event_published`) and mark what was asked by them.
 
 Source: kernel_attention.md, sections 7, 8, 15.
 """
@@ -32,7 +33,8 @@ class QueryRule(ABC):
     """When users are asked. ``pairs`` gives (users, times), each ``(Q,) int64``, in microseconds."""
 
     depends_on_outcome: bool = False
-    """Whether the time of a query is a function of what comes after it."""
+    """Whether the time of a query is declared to be a function of what comes after it; one that is and does not say so
+    is found out by :func:`datamodules.label_checks.asks_by_outcome`."""
 
     @abstractmethod
     def pairs(self, log: EventLog) -> Pairs:
@@ -191,6 +193,8 @@ class EventTarget(ABC):
     scope: Scope = "local"
     static = False
     """Whether the label is one of the user, so that the time split needs disjoint users."""
+    outcome_dependent = False
+    """Whether the label is one that nobody could have given by the end of its horizon, whatever the rule."""
     texts: tuple[str, ...] = ()
     """Columns that must be read as categories."""
     numbers: tuple[str, ...] = ()
@@ -255,7 +259,7 @@ class EventTarget(ABC):
             "fold": fold[order],
             "n_classes": n_classes,
             "scope": self.scope,
-            "outcome_dependent": self.rule.depends_on_outcome,
+            "outcome_dependent": self.rule.depends_on_outcome or self.outcome_dependent,
             "description": self.description,
         }
 
@@ -488,6 +492,8 @@ class LocalLabel(EventTarget):
         rule: When it is asked.
         column: One of ``local_label_columns``.
         days: How far after its event the file's label looks; the query is kept out of folds by it. 0 is not at all.
+        outcome_dependent: Whether the file made the label from the end of the user's history, as published local
+            targets are: allowed under ``reference_mode`` alone, and marked.
         max_queries_per_user, max_queries, seed: See :class:`EventTarget`.
     """
 
@@ -496,6 +502,7 @@ class LocalLabel(EventTarget):
         rule: QueryRule,
         column: str,
         days: float = 0.0,
+        outcome_dependent: bool = False,
         max_queries_per_user: int | None = None,
         max_queries: int | None = None,
         seed: int = 0,
@@ -503,7 +510,7 @@ class LocalLabel(EventTarget):
         super().__init__(rule, max_queries_per_user, max_queries, seed)
         if not days >= 0:
             raise ValueError(f"days must be at least 0, got {days}")
-        self.column, self.days = column, days
+        self.column, self.days, self.outcome_dependent = column, days, outcome_dependent
 
     @property
     def description(self) -> str:

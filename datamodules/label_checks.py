@@ -1,7 +1,8 @@
 """Does a feature, or the time of a query, tell the label? AUC of each feature at the query, and by age of the event.
 
 A feature that is filled in after the outcome tells it, and so does a query time that depends on it. A high AUC is a
-suspicion, a low one no proof: a leak may need two features, or an order of events.
+suspicion, a low one no proof: a leak may need two features, or an order of events. A rule that asks at other moments
+when later events are cut off is no suspicion: its times are functions of what comes after them.
 
 Source: kernel_attention.md, section 15.
 """
@@ -13,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from datamodules.event_preparation import EventLog, Ints
+from datamodules.event_preparation import FOREVER, EventLog, Ints
+from datamodules.event_targets import QueryRule
 from datamodules.sources.events import MISSING
 
 SUSPICIOUS = 0.9
@@ -25,11 +27,58 @@ LEAST = 20
 Users and not queries: what is asked of one user again and again is one observation.
 """
 
+CUTS = (0.25, 0.5, 0.75)
+"""Quantiles of the event times at which the log is cut off to see whether a rule looks ahead."""
+
+_MOST_USERS_CUT = 2000
 _MOST_CLASSES = 10
 _N_AGES = 4
 
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+
+
+def asks_by_outcome(rule: QueryRule, log: EventLog) -> str | None:
+    """Why the times of a rule are functions of what comes after them; None if that was not found.
+
+    The rule is asked on the log, and on the log without the events from some moments on, of at most 2000 users spread
+    over all: its queries before such a moment must be the same. The end of the observation is no outcome and stays as
+    it is. What a rule does between these moments is not seen.
+
+    Args:
+        rule: When users are asked; one that declares itself to depend on the outcome is not looked at.
+        log: The events.
+
+    Returns:
+        One line.
+    """
+    if rule.depends_on_outcome:
+        return None
+    chosen = np.unique(np.linspace(0, log.n_users - 1, min(log.n_users, _MOST_USERS_CUT)).astype(np.int64))
+    whole, kept = log.part(chosen, FOREVER)
+    asked_users, asked_times = rule.pairs(whole)
+    for cut in np.unique(np.quantile(whole.times, CUTS, method="nearest")).tolist():
+        known, still = whole.part(np.arange(len(kept)), cut)
+        if not len(still):
+            continue
+        users, times = rule.pairs(known)
+        before, before_whole = times < cut, asked_times < cut
+        found = set(zip(still[users[before]].tolist(), times[before].tolist(), strict=True))
+        expected = set(zip(asked_users[before_whole].tolist(), asked_times[before_whole].tolist(), strict=True))
+        moved = found ^ expected
+        if moved:
+            at = min(time for _, time in moved)
+            return (
+                f"{type(rule).__name__} asks at other moments before {_text(cut)} when the events from then on are cut "
+                f"off ({len(moved)} queries, the first at {_text(at)}): its times are functions of what comes after "
+                "them and may tell the label; ask AfterFirstEvent, AfterDelay, CalendarDates or RandomTimes, or "
+                "reproduce with reference_mode"
+            )
+    return None
+
+
+def _text(moment: int) -> str:
+    return str(np.datetime64(moment, "us").astype("datetime64[s]"))
 
 
 def two_sided_auc(scores: Array, positive: Bools, users: Ints) -> float:
@@ -55,7 +104,7 @@ def two_sided_auc(scores: Array, positive: Bools, users: Ints) -> float:
 def check_labels(
     log: EventLog, queries: dict[str, Any], categorical: Sequence[str], numeric: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """One row for each feature and for the delay since the first event.
+    """One row for each feature, and three for the time of the query: since the first event, its date, since the last.
 
     Scores are the last value before t of each numeric feature, whether it is missing, whether it is 0; for a
     categorical one the rate of the class at that value among every second user, smoothed by the overall rate, judged
@@ -69,8 +118,8 @@ def check_labels(
         numeric: Numeric features.
 
     Returns:
-        Rows with ``feature``, ``what`` (value, missing, zero, delay), ``auc``, ``auc_by_age`` (four, youngest first;
-        None where there are too few users), and ``worst``, the largest of them.
+        Rows with ``feature``, ``what`` (value, missing, zero; delay, date, recency), ``auc``, ``auc_by_age`` (four,
+        youngest first; None where there are too few users), and ``worst``, the largest of them.
     """
     users, times, labels = queries["users"], queries["times"], queries["labels"]
     if not len(users):
@@ -84,7 +133,11 @@ def check_labels(
     frequent = classes[np.argsort(-counts, kind="stable")][:_MOST_CLASSES]
     chosen = [1] if queries["n_classes"] == 2 else frequent.tolist()
 
-    rows = [_row("time of the query", "delay", [delay], labels, users, chosen, quartile)]
+    of_the_query = {"delay": delay, "date": times.astype(np.float64), "recency": age.astype(np.float64)}
+    rows = [
+        _row("time of the query", what, [score], labels, users, chosen, quartile)
+        for what, score in of_the_query.items()
+    ]
     for name in numeric:
         value = log.numbers[name][row]
         missing = np.isnan(value)

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -48,7 +49,7 @@ class TimeSeriesDataModule(LightningDataModule):
     Validation series are carved from the official training series, by class; the rest are the training series.
     Every statistic is of these alone. The order of a training epoch is a function of (seed, epoch); the other
     loaders go in order. Test series leave by :meth:`test_dataloader`, :meth:`predict_dataloader` and
-    ``arrays("test")`` only.
+    ``arrays("test")`` only, and by none of them while a trainer fits: what is trained or chosen cannot have seen them.
 
     Source: spec section 8. Departures: the published standardisation uses all official training series, here without
     those of validation; with several channels each has its own mean and std.
@@ -60,8 +61,8 @@ class TimeSeriesDataModule(LightningDataModule):
         name: NAME; needed where ``folder`` does not tell.
         batch_size: Training series in a batch, at least 1.
         eval_batch_size: Series in the other batches, at least 1.
-        validation_fraction: Of the official training series of each class, rounded, at least one and never all; in
-            [0, 1). 0: no validation. Has no effect with ``fold``.
+        validation_fraction: Of the official training series of each class, rounded, at least one of a class with two or
+            more and never all; in [0, 1). 0: no validation. Has no effect with ``fold``.
         fold: Which of ``n_folds`` disjoint folds of the official training series, equal in size and classes but for
             one, is the validation split, from 0. None: ``validation_fraction``.
         n_folds: At least 2.
@@ -142,20 +143,37 @@ class TimeSeriesDataModule(LightningDataModule):
         return self._loader("validation", self._eval_batch_size) if len(self._set().rows["validation"]) else []
 
     def test_dataloader(self) -> DataLoader:
-        """Test series."""
+        """Test series.
+
+        Raises:
+            ValueError: While a trainer fits.
+        """
+        self._check_released("test")
         return self._loader("test", self._eval_batch_size)
 
     def predict_dataloader(self) -> DataLoader:
-        """Test series."""
-        return self._loader("test", self._eval_batch_size)
+        """Test series.
+
+        Raises:
+            ValueError: While a trainer fits.
+        """
+        return self.test_dataloader()
 
     def arrays(self, split: Split) -> Batch:
         """The whole split as one batch, a copy.
 
         Raises:
-            ValueError: If there is no such split.
+            ValueError: If there is no such split, or for the test split while a trainer fits.
         """
+        self._check_released(split)
         return {key: tensor.clone() for key, tensor in _of(self._set().batches, split).items()}
+
+    def _check_released(self, split: Split) -> None:
+        if split != "test" or self.trainer is None:
+            return
+        state = self.trainer.state
+        if state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING:
+            raise ValueError("test series were asked for while the trainer fits, they are handed out after it")
 
     def rows(self, split: Split) -> Ints:
         """``(N,)`` row in its file, from 0, of each series of a split, increasing.

@@ -19,15 +19,17 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.callbacks import EpochLines, LastCheckpoint, NaNGuard, RandomState, WandbRun
+from lightning_modules.callbacks.run_config import SaveRunConfig
 from lightning_modules.callbacks.wandb_run import is_swept
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.config_files import check_config_files
-from lightning_modules.many_devices import REPLICATED, wants_many
+from lightning_modules.many_devices import REPLICATED, check_strategy, wants_many
 from lightning_modules.run_folder import (
     BEST,
     LAST,
+    NOTHING_TO_RESUME,
+    NothingToResumeError,
     RunLogger,
-    SaveRunConfig,
     drop_rows_after,
     newest_run,
     newest_unfinished_run,
@@ -138,6 +140,7 @@ class SeqlitCLI(LightningCLI):
         if trainer.accumulate_grad_batches < 1:  # which Lightning would divide by
             given = trainer.accumulate_grad_batches
             raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {given}")
+        check_strategy(trainer.strategy)
         if trainer.strategy == "ddp" or (
             trainer.strategy == "auto" and wants_many(trainer.devices, trainer.num_nodes, trainer.accelerator)
         ):
@@ -252,7 +255,7 @@ def _rank() -> int:
     return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 2) -> NoReturn:
     if _rank() > 0:
         # Most errors are those of all processes: the first says it, and its end is theirs.
         time.sleep(_OTHERS_WAIT)
@@ -260,7 +263,7 @@ def _fail(message: str) -> NoReturn:
     line = _one_line(message)
     line = line if len(line) <= _LONGEST else line[: _LONGEST - 4] + " ..."  # of a list of all weights, for one
     print(f"seqlit: error{where}: {line}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _missing_extra(message: str) -> str | None:
@@ -274,8 +277,8 @@ def _missing_extra(message: str) -> str | None:
 def main() -> None:
     """Entry point of the console script; arguments are those of the command line.
 
-    A wrong config, file or checkpoint ends in one line and exit status 2; with the environment variable
-    ``SEQLIT_TRACEBACK=1`` it ends in a traceback instead.
+    A wrong config, file or checkpoint ends in one line and exit status 2, a resume without a checkpoint to go on from
+    with status 3; with the environment variable ``SEQLIT_TRACEBACK=1`` it ends in a traceback instead.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
@@ -300,7 +303,8 @@ def main() -> None:
         foreign = isinstance(error, RuntimeError) and not str(error).startswith(_USERS_RUNTIME_ERRORS)
         if foreign or os.environ.get(TRACEBACK_VARIABLE):
             raise
-        _fail(_missing_extra(str(error)) or str(error))
+        status = NOTHING_TO_RESUME if isinstance(error, NothingToResumeError) else 2
+        _fail(_missing_extra(str(error)) or str(error), status)
     else:
         # After an error others may wait in a collective, and so would this process.
         if torch.distributed.is_initialized():

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from lightning_modules.attacks.campaign import (
 )
 from lightning_modules.attacks.class_losses import cross_entropy, decisions
 from lightning_modules.attacks.discriminators import AdversarialBank, AttackPlan, DiscriminatorPlan, detection_loss
-from lightning_modules.attacks.frozen_networks import call, confidence, logits_of, takes_mask
+from lightning_modules.attacks.frozen_networks import call, confidence, logits_of, taken_mask, takes_mask
 from lightning_modules.attacks.judges import FittedJudge, Judge, NetworkJudge, check_disjoint
 from lightning_modules.attacks.series_batches import whole_split, without_padding
 from lightning_modules.attacks.study import AdversarialSeries, AttackStudy, Role, SeenLevel
@@ -61,8 +61,8 @@ class ConcealedAttacker(LightningModule):
     validation chose (with a ``victim`` exactly; judges that are no networks do not depend on it); those of training
     series as far as copies agree with the detector. With ``n_folds`` 0 validation series alone calibrate.
 
-    A discriminator is a valid judge if it sees the vanilla attacks that it was trained against, at all of its levels,
-    on validation series: mean AUC of at least 0.8.
+    A discriminator is a valid judge if it sees the vanilla attacks that it was trained against on validation series:
+    mean AUC over these attacks and their levels, without rounds, of at least 0.8.
 
     A checkpoint of an unfinished fit holds all adversarial series so far (one array as large as the split for each
     level and attack), so that a fit resumed after any step equals an unbroken one, given
@@ -89,14 +89,20 @@ class ConcealedAttacker(LightningModule):
         attacks: Attacks of the test, at least one.
         predict_attack: Name of the attack of ``predict``; by default the last.
         n_folds: Copies of each discriminator for calibration, 0 or at least 2; with 0 validation alone calibrates.
-        fitted_judges: Whether statistics, nearest neighbour and one-class judges join the held-out panel.
+        fitted_judges: Whether statistics, nearest neighbour and one-class judges join the held-out panel; that of two
+            statistics is always in it where series are z-normed.
         classifier_optimizer: Called with the classifier's parameters.
         discriminator_optimizer: Called with the parameters of each discriminator.
+        classifier_scheduler: Called with the classifier's optimiser, stepped after each epoch of the classifier.
+        discriminator_scheduler: Called with the optimiser of each discriminator and copy, stepped after each epoch in
+            which it trains. It goes on from level to level and into rounds, as weights and optimiser do.
         max_rows: Series times configurations of a grid in memory at a time.
+        keep_iterates: Whether ``predict`` hands on every iterate of the run, N + 1 times the memory of the series.
 
     Raises:
         ValueError: If a fact of the data was not linked, names repeat, no discriminator is attacked, a held-out one
-            shares seed, architecture or training attacks with an attacked one, or a number is out of range.
+            shares seed, architecture or training attacks with an attacked one, or a number is out of range; where
+            training begins, if a schedule waits for a plateau of a metric.
     """
 
     def __init__(
@@ -117,7 +123,10 @@ class ConcealedAttacker(LightningModule):
         fitted_judges: bool = True,
         classifier_optimizer: OptimizerCallable = _adam,
         discriminator_optimizer: OptimizerCallable = _adam,
+        classifier_scheduler: LRSchedulerCallable | None = None,
+        discriminator_scheduler: LRSchedulerCallable | None = None,
         max_rows: int = 4096,
+        keep_iterates: bool = False,
     ) -> None:
         facts = dict(zip(_FACTS, (n_channels, n_classes, n_steps), strict=True))
         missing = [name for name, value in facts.items() if value is None]
@@ -145,7 +154,9 @@ class ConcealedAttacker(LightningModule):
         self.predict_attack = predict_attack or chosen_names[-1]
         self.classifier_epochs = 0 if victim else classifier_epochs
         self.n_folds, self.fitted_judges, self.max_rows = n_folds, fitted_judges, max_rows
+        self.keep_iterates = keep_iterates
         self.classifier_optimizer, self.discriminator_optimizer = classifier_optimizer, discriminator_optimizer
+        self.classifier_scheduler, self.discriminator_scheduler = classifier_scheduler, discriminator_scheduler
         self.classifier: nn.Module = classifier(**facts) if victim is None else load_victim(**victim)
         if victim is not None:
             found = check_logits(self.classifier, torch.randn(2, n_steps, n_channels))
@@ -198,16 +209,14 @@ class ConcealedAttacker(LightningModule):
         ]
 
     def _fresh_panel(self) -> list[Judge]:
-        return fresh_panel(self.is_z_normed) if self.fitted_judges else []
+        return [judge for judge, _ in fresh_panel(self.is_z_normed, self.fitted_judges)]
 
     def forward(self, series: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits of the classifier.
 
         Raises:
-            ValueError: If it takes no mask and the series are padded.
+            ValueError: If the classifier, or the network that a ``victim`` wraps, takes no mask and series are padded.
         """
-        if mask is not None and not takes_mask(self.classifier) and not bool(mask.all()):
-            raise ValueError("the classifier takes no mask, but series of this batch are padded")
         return call(self.classifier, series, mask)
 
     # Fit
@@ -236,17 +245,23 @@ class ConcealedAttacker(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """See that there are series to choose attacks by; take up what a resumed fit goes on with.
+        """See that there are series to choose attacks by, and networks that take them; go on where a fit resumes.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are none, or series are padded and a network takes no mask.
         """
         if not self.trainer.val_dataloaders or not self.trainer.limit_val_batches:
             raise ValueError(
                 "attacks are chosen on validation series, there are none (data.init_args.validation_fraction)"
             )
-        for networks in self._snapshots.values():
-            for network in networks:
+        networks = {"classifier": self.classifier}
+        networks |= {f"discriminator {plan.name!r}": self._copies(number)[0] for number, plan in enumerate(self.plans)}
+        for role, network in networks.items():
+            if not takes_mask(network):  # else the splits need not be read yet
+                for split in ("train", "validation"):
+                    taken_mask(network, self._series(split)["mask"], role)
+        for snapshot in self._snapshots.values():
+            for network in snapshot:
                 network.to(self.device)
         # on_train_epoch_start is not called where a fit resumes amid an epoch.
         if self._discriminator_epoch >= 0:
@@ -333,6 +348,8 @@ class ConcealedAttacker(LightningModule):
                             losses.append(loss.detach())
                     optimizer = optimizers[first + number * (1 + self.n_folds) + copy]
                     self._step(optimizer, loss, int(kept.sum()))
+        if self.trainer.is_last_batch:
+            self._step_schedules()
         self.train_loss.update(torch.stack(losses).mean() if losses else 0.0, n_series)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=n_series)
 
@@ -354,6 +371,23 @@ class ConcealedAttacker(LightningModule):
         if loss is not None:
             self.manual_backward(loss * factor)
         optimizer.step()
+
+    def _step_schedules(self) -> None:
+        """After the last step of an epoch, as Lightning does it: a checkpoint of that step holds the new rates."""
+        found: Any = self.lr_schedulers() or []
+        schedules = list(found) if isinstance(found, list) else [found]
+        n_of_classifier = int(bool(self.classifier_epochs and self.classifier_scheduler))
+        if self._discriminator_epoch < 0:
+            stepped = schedules[:n_of_classifier]
+        else:
+            of_plans = schedules[n_of_classifier:]
+            stepped = [
+                schedule
+                for number, schedule in enumerate(of_plans)
+                if self._discriminator_epoch < self.plans[number // (1 + self.n_folds)].n_epochs
+            ]
+        for schedule in stepped:
+            schedule.step()
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
@@ -503,10 +537,10 @@ class ConcealedAttacker(LightningModule):
         judges: list[tuple[Judge, Role]] = []
         for role in get_args(Role):
             judges += [(judge, role) for judge in self._network_judges(role)]
-        for judge in self._fresh_panel():
+        for judge, role in fresh_panel(self.is_z_normed, self.fitted_judges):
             if isinstance(judge, FittedJudge):
                 judge.load_state(found["judges"][judge.name])
-            judges.append((judge, "held_out"))
+            judges.append((judge, role))
         return judges
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> AttackStudy | None:  # type: ignore[override]
@@ -539,9 +573,20 @@ class ConcealedAttacker(LightningModule):
         x_adv, n_iterates = batch["series"], plan.attack.n_steps + 1
         logits = x_adv.new_zeros(n_iterates, 0, 1 if self.n_classes == 2 else self.n_classes)
         detector_logits = x_adv.new_zeros(n_iterates, len(attacked), 0)
+        iterates = x_adv.expand(n_iterates, *x_adv.shape) if self.keep_iterates else None
         if len(batch["labels"]):  # else other processes have more series
-            result = run_chosen(plan, choice, self.classifier, attacked, batch, seed=_seed(), max_rows=self.max_rows)
+            result = run_chosen(
+                plan,
+                choice,
+                self.classifier,
+                attacked,
+                batch,
+                seed=_seed(),
+                max_rows=self.max_rows,
+                keep_iterates=self.keep_iterates,
+            )
             x_adv, logits, detector_logits = result.x_adv, result.logits, result.detector_logits
+            iterates = result.iterates
         return AdversarialSeries(
             attack=plan.name,
             index=batch["index"],
@@ -551,7 +596,9 @@ class ConcealedAttacker(LightningModule):
             x_adv=x_adv,
             logits=logits,
             detector_logits=detector_logits,
+            detectors=tuple(judge.name for judge in self._network_judges("attacked")),
             iteration=choice["iteration"],
+            iterates=iterates,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -597,11 +644,25 @@ class ConcealedAttacker(LightningModule):
     def _names(self) -> dict[str, list[str]]:
         return {"discriminators": [plan.name for plan in self.plans], "attacks": [plan.name for plan in self.attacks]}
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The classifier's unless it is a victim, then one for each discriminator and copy."""
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+        """The classifier's optimiser unless it is a victim, then one for each discriminator and copy; their schedules.
+
+        Raises:
+            ValueError: If a schedule waits for a plateau of a metric.
+        """
         copies = [network for number in range(len(self.plans)) for network in self._copies(number)]
         of_classifier = [self.classifier_optimizer(self.classifier.parameters())] if self.classifier_epochs else []
-        return of_classifier + [self.discriminator_optimizer(network.parameters()) for network in copies]
+        of_copies = [self.discriminator_optimizer(network.parameters()) for network in copies]
+        schedules: list[Any] = []
+        for name, schedule, optimizers in (
+            ("classifier_scheduler", self.classifier_scheduler, of_classifier),
+            ("discriminator_scheduler", self.discriminator_scheduler, of_copies),
+        ):
+            made = [schedule(optimizer) for optimizer in optimizers] if schedule is not None else []
+            if any(isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau) for one in made):
+                raise ValueError(f"{name} must step by epochs, got ReduceLROnPlateau, which waits for a metric")
+            schedules += made
+        return of_classifier + of_copies, schedules
 
 
 def _seed() -> int:

@@ -121,7 +121,9 @@ class KernelAttentionAggregator(LightningModule):
         if encoder_weights and encoder_epochs:
             raise ValueError(f"encoder_epochs must be 0 with encoder_weights, got {encoder_epochs}")
         if wide_encoder is not None and not encoder_epochs:
-            raise ValueError("wide_encoder is trained beside the encoder and needs encoder_epochs, got 0")
+            raise ValueError(
+                "wide_encoder is trained beside the encoder and needs encoder_epochs, got 0; null leaves it out"
+            )
         if refresh is not None and not tune_encoder:
             raise ValueError(
                 "refresh is for a tuned encoder (tune_encoder): the states of a frozen one stay as they are"

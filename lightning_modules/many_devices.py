@@ -4,6 +4,7 @@ Every process holds the whole model. Gradients are averaged when an optimiser is
 whatever the loop: several optimisers, steps by hand, modules without parameters, processes with nothing in their batch.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -106,12 +107,38 @@ StrategyRegistry.register(
 )
 
 
+def check_strategy(asked: Any) -> None:
+    """See that a command's strategy is one that methods run under, before anything is built or written.
+
+    Args:
+        asked: ``trainer.strategy`` of a config: a name, or a class path with its arguments.
+
+    Raises:
+        ValueError: Under a strategy that splits the model, needs packages or devices that are not supported, or starts
+            processes otherwise than by the command itself.
+    """
+    if asked in ("auto", "ddp"):
+        return
+    if isinstance(asked, str):
+        name, kind = asked, StrategyRegistry[asked]["strategy"] if asked in StrategyRegistry else None
+    else:
+        name = asked["class_path"]
+        module, _, attribute = name.rpartition(".")
+        kind = getattr(importlib.import_module(module), attribute)
+    if not (isinstance(kind, type) and issubclass(kind, (ReplicatedStrategy, SingleDeviceStrategy))):
+        raise ValueError(
+            f"trainer.strategy must be 'auto', {REPLICATED!r} or 'ddp' (which means it), or of one device: every "
+            f"process holds the whole model and is started by the command, torchrun or SLURM, got {name!r}"
+        )
+
+
 def require_replicas(trainer: Trainer, *, plain_ddp: bool = False) -> None:
     """See that every process holds the whole model.
 
     Args:
         trainer: Of the run.
-        plain_ddp: Whether the module works under Lightning's own ``ddp`` too.
+        plain_ddp: Whether the module works under Lightning's own ``DDPStrategy`` too, for trainers made in Python: a
+            command has ``ddp`` mean ``replicated``.
 
     Raises:
         ValueError: Under a strategy that splits the model, or another that the module does not know.

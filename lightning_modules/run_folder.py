@@ -2,7 +2,7 @@
 
 ``runs/<method>/version_<n>/`` holds ``config.yaml`` (resolved), ``metrics.csv``, ``fit.json``,
 ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``, and after ``test`` the folder ``report/``. A run belongs to a
-config when both resolve to the same model, data and seed; what only decides how fast things go does not count.
+config when both resolve to the same experiment (:mod:`lightning_modules.run_identity`).
 """
 
 import csv
@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,16 +19,22 @@ from typing import Any
 
 import polars as pl
 import yaml
-from lightning import LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from lightning_modules.run_identity import identity
+
 _RUNNING = "running.json"
 BEST, LAST = "best.ckpt", "last.ckpt"
+NOTHING_TO_RESUME = 3
+"""Exit status of ``fit --ckpt_path last`` by which a job file tells that it may begin anew; other errors end with 2."""
+
 _DRAFT = re.compile(r"\..+\.\d+(\.\w+)?")
-_SPEED_ONLY = frozenset({"eval_batch_size", "num_workers", "n_workers", "cache_dir", "impl", "progress"})
+
+
+class NothingToResumeError(FileNotFoundError):
+    """No run of a config has a checkpoint to go on from, and the newest has not finished: it may begin anew."""
 
 
 @contextmanager
@@ -75,27 +82,6 @@ def write_parquet(path: Path, frame: pl.DataFrame, what: str = "") -> None:
         frame.write_parquet(draft)
     if what:
         print(f"seqlit: {len(frame)} {what} in {path}", flush=True)
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
-
-
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes two configs the same experiment: every leaf of model, data and seed that decides a result.
-
-    Args:
-        config: A resolved config as nested mappings of plain values.
-
-    Returns:
-        Dotted key to value.
-    """
-    decisive = {key: config.get(key) for key in ("model", "data", "seed_everything")}
-    return {key: value for key, value in _leaves(decisive) if key.rsplit(".", 1)[-1] not in _SPEED_ONLY}
 
 
 def runs_newest_first(root: Path) -> list[Path]:
@@ -147,16 +133,20 @@ def newest_unfinished_run(root: Path, config: Mapping[str, Any], asked: Mapping[
         The run's folder, which holds ``last.ckpt``.
 
     Raises:
-        FileNotFoundError: If there is none; says what was found instead.
+        NothingToResumeError: If there is no run of this config, or the newest was ended before its first ``last.ckpt``
+            and none before it can be gone on with.
+        FileNotFoundError: If there is none because the newest run of this config has finished.
         ValueError: If the run is still at work on this machine.
     """
     wanted = identity(config)
     same = other = ""
+    has_finished = False
     for run in runs_newest_first(root):
         found, facts = _identity_of(run), read_fit_facts(run)
         if found != wanted:
             other = other or f"the newest other run, {run}, differs: {_difference(found, wanted)}"
         elif facts.get("finished") and (facts.get("stopped_early") or not is_less_than_asked(facts, asked)):
+            has_finished = has_finished or not same
             early = " and stopped early" if facts.get("stopped_early") else ""
             same = same or f"the newest, {run}, has finished: {facts['epochs']} epochs{early}"
         elif not (run / "checkpoints" / LAST).is_file():
@@ -166,10 +156,11 @@ def newest_unfinished_run(root: Path, config: Mapping[str, Any], asked: Mapping[
             if pid is not None:
                 raise ValueError(f"{run} is still being trained, by process {pid}: wait for it, or end it first")
             return run
-    raise FileNotFoundError(
-        f"no unfinished run of this config in {root} ({same or other or 'there is no run'}); to start one, leave out "
-        "--ckpt_path last"
-    )
+    found_instead = same or other or "there is no run"
+    message = f"no unfinished run of this config in {root} ({found_instead}); to start one, leave out --ckpt_path last"
+    if has_finished:
+        raise FileNotFoundError(message)
+    raise NothingToResumeError(f"{message} (exit status {NOTHING_TO_RESUME}: there is nothing to resume)")
 
 
 def mark_running(run: Path, *, running: bool) -> None:
@@ -245,35 +236,42 @@ class RunLogger(CSVLogger):
 
     def __init__(self, save_dir: str = "runs", name: str = "default", version: int | str | None = None) -> None:
         super().__init__(save_dir, name=name, version=version)
+        self._made: list[Path] = []  # folders, from that of the run up
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The writer behind ``log_metrics``."""
         if self._experiment is None:
-            os.makedirs(self.root_dir, exist_ok=True)
+            self._made = _make(Path(self.log_dir))
             self._experiment = _AppendingWriter(self.log_dir)
         return self._experiment
 
     def log_hyperparams(self, params: Any = None) -> None:
         """Nothing: ``config.yaml`` holds them all."""
 
+    def remove_folder(self) -> None:
+        """Take away the run folder, with folders above it that are empty then, where this logger made them."""
+        made, self._made = self._made, []
+        if made:
+            self._experiment = None  # it would write once more when it is told to end
+            shutil.rmtree(made[0], ignore_errors=True)
+        for parent in made[1:]:
+            try:
+                parent.rmdir()
+            except OSError:  # others have written there in the meantime
+                return
 
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the resolved config into the run folder when ``fit`` starts, once and whole."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml``; a resumed run, its trainer perhaps set otherwise, adds ``config_sitting_<n>.yaml``."""
-        if stage != "fit" or not trainer.loggers:
-            return
-        folder = trainer.log_dir  # a collective: on every rank
-        if folder is None or not trainer.is_global_zero:
-            return
-        path, sitting = Path(folder) / self.config_filename, 1
-        while path.exists():
-            sitting += 1
-            path = path.with_name(f"config_sitting_{sitting}.yaml")
-        write_whole(path, self.parser.dump(self.config, skip_unset=False))
+def _make(folder: Path) -> list[Path]:
+    """Make a folder. It and those above it that were not there, none if another process was faster."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return []
+    return missing
 
 
 def drop_rows_after(run: Path, checkpoint: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ where labels are few, that too.
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -20,9 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t as student
 from tqdm import tqdm
 
 from lightning_modules.context.across_seeds import merge_seeds
+from lightning_modules.context.findings import FEWEST_POSITIVES
 from lightning_modules.run_folder import write_whole
 
 SEQLIT = str(Path(sys.executable).with_name("seqlit"))
@@ -72,6 +75,22 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
+def fit_and_test(arguments: list[str], what: str) -> Path:
+    """``seqlit fit`` and ``test`` of the same arguments, which may name classes beside this script; the run folder."""
+    beside = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    found = None
+    for command in ("fit", "test"):
+        done = subprocess.run(
+            [SEQLIT, command, *arguments], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": beside}
+        )
+        if done.returncode:
+            sys.exit(f"seqlit {command} failed for {what}: {done.stderr.strip()}")
+        found = found or re.search(r"run folder (.+)", done.stdout)
+    if found is None:
+        sys.exit("seqlit fit named no run folder")
+    return Path(found[1])
+
+
 def run(name: str, split: str, seed: int, variant: str, folder: Path) -> dict[str, Any]:
     """One fit and one test; the parsed ``report/metrics.json``."""
     arguments = [
@@ -89,15 +108,8 @@ def run(name: str, split: str, seed: int, variant: str, folder: Path) -> dict[st
     if split == "time":
         starts = dict(zip(("validation_start", "test_start"), TIMES[name], strict=True))
         arguments += [part for key, day in starts.items() for part in (f"--data.init_args.{key}", day)]
-    found = None
-    for command in ("fit", "test"):
-        done = subprocess.run([SEQLIT, command, *arguments], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"seqlit {command} failed for {name}, {split}, seed {seed}: {done.stderr.strip()}")
-        found = found or re.search(r"run folder (.+)", done.stdout)
-    if found is None:
-        sys.exit("seqlit fit named no run folder")
-    return dict(json.loads((Path(found[1]) / "report" / "metrics.json").read_text(encoding="utf-8")))
+    metrics = fit_and_test(arguments, f"{name}, {split}, seed {seed}") / "report" / "metrics.json"
+    return dict(json.loads(metrics.read_text(encoding="utf-8")))
 
 
 def cell(name: str, split: str, seed: int, variant: str, folder: Path, out: Path) -> dict[str, Any]:
@@ -112,23 +124,35 @@ def cell(name: str, split: str, seed: int, variant: str, folder: Path, out: Path
 
 
 def spread(values: list[float | None], digits: int = 3, sign: str = "") -> str:
-    """Mean and standard deviation over seeds."""
+    """Mean over seeds and half the width of its 95 % interval by Student's t."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    sd = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):{sign}.{digits}f}{sd}"
+    half = ""
+    if len(known) > 1:
+        quantile = float(student.ppf(0.975, len(known) - 1))
+        half = f" ± {quantile * statistics.stdev(known) / len(known) ** 0.5:.{digits}f}"
+    return f"{statistics.mean(known):{sign}.{digits}f}{half}"
 
 
-def table(name: str, split: str, runs: list[dict[str, Any]], every_arm: bool) -> Iterator[str]:
+def marked(name: str, target: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    """Name of a target with what a reader must know of it: a time of the query that tells the label, few labels."""
+    marks = ["depends on the outcome"] if target["outcome_dependent"] else []
+    rarest = min(min(one["data"]["targets"][name]["folds"]["test"]["by class"]) for one in runs)
+    if rarest < FEWEST_POSITIVES:
+        marks.append(f"underpowered: {rarest} test queries of the rarest class")
+    return f"{name} ({', '.join(marks)})" if marks else name
+
+
+def table(name: str, split: str, variant: str, runs: list[dict[str, Any]], every_arm: bool) -> Iterator[str]:
     """A row an arm, the targets side by side: over seeds, ROC-AUC, the gain over the strictest control, who helps."""
-    merged = merge_seeds(runs)
-    targets = merged["targets"]
-    yield f"### {name}, split by {split}, {len(runs)} seeds\n"
-    yield f"| arm | {' | '.join(f'{target}: ROC-AUC | gain | helps' for target in targets)} |"
+    targets = merge_seeds(runs)["targets"]
+    titles = [marked(target, found, runs) for target, found in targets.items()]
+    yield f"### {name}, split by {split}, {variant}, {len(runs)} seeds\n"
+    yield f"| arm | {' | '.join(f'{title}: ROC-AUC | gain | helps' for title in titles)} |"
     yield "|---" * (1 + 3 * len(targets)) + "|"
     arms = next(iter(targets.values()))["arms"]
-    kept = [arm for arm in arms if every_arm or ":" not in arm or arm == "shuffled+time:kernel"]
+    kept = [arm for arm in arms if every_arm or not arm.startswith("shuffled:")]
     for arm in kept:
         cells = []
         for found in targets.values():
@@ -144,11 +168,7 @@ def table(name: str, split: str, runs: list[dict[str, Any]], every_arm: bool) ->
         names = ", ".join(one["targets"][target]["chosen"] for one in runs)
         gains = ", ".join(f"{one['gain']:+.4f}" for one in chosen)
         n_helps = sum(bool(one["helps"]) for one in chosen)
-        few = " Underpowered." if targets[target]["underpowered"] else ""
-        yield (
-            f"- {target}: the arm chosen on validation ({names}) helps in {n_helps} of {len(runs)} seeds, by "
-            f"{gains}.{few}"
-        )
+        yield f"- {target}: the arm chosen on validation ({names}) helps in {n_helps} of {len(runs)} seeds, by {gains}."
     seconds = [one["seconds"]["both commands"] for one in runs]
     yield f"\nSeconds of fit and test together: {min(seconds):.0f} to {max(seconds):.0f}.\n"
 
@@ -162,7 +182,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", choices=["users", "time"], default=["users", "time"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
     parser.add_argument("--variant", choices=list(VARIANTS), default="core")
-    parser.add_argument("--every_arm", action="store_true", help="also each aggregator at shuffled moments")
+    parser.add_argument("--every_arm", action="store_true", help="also shuffled moments without time features")
     options = parser.parse_args()
     wanted = [(name, split, seed) for seed in options.seeds for name in options.sets for split in options.splits]
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -170,7 +190,7 @@ def main() -> None:
         found = cell(name, split, seed, options.variant, options.folder, options.out)
         cells.setdefault((name, split), []).append(found)
     for (name, split), runs in cells.items():
-        print("\n".join(table(name, split, runs, options.every_arm)))
+        print("\n".join(table(name, split, options.variant, runs, options.every_arm)))
 
 
 if __name__ == "__main__":

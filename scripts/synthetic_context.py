@@ -48,7 +48,7 @@ from lightning_modules.context import (
     evaluate,
 )
 from lightning_modules.context.evaluation import Encoded
-from lightning_modules.context.findings import findings
+from lightning_modules.context.findings import findings, strict_controls
 from lightning_modules.context.fixed_sequences import gathered
 from lightning_modules.context.hawkes_fit import event_log_losses, fit_hawkes
 from lightning_modules.losses import NextEvent
@@ -193,7 +193,7 @@ def share_closed(drawn: Any, claim: str, seed: int) -> dict[str, Any]:
             float(losses[chosen].mean() - losses["own+time"].mean()),
             *np.quantile(beyond, [0.025, 0.975]),
         ],
-        "helps": found["helps"],
+        "judged": found["arms"][chosen]["judged"],
     }
     if oracles:
         shares = (draws[:, 3] - draws[:, 0]) / (draws[:, 3] - draws[:, 4])
@@ -269,6 +269,20 @@ def shown(values: list[float]) -> str:
     return f"{values[0]:.3f} [{values[1]:.3f}, {values[2]:.3f}]"
 
 
+def over_strictest(cell: Mapping[str, Any]) -> tuple[str, float]:
+    """The control of the chosen arm with the least log-loss on the test, and the chosen arm's log-loss minus its."""
+    control = min(strict_controls(cell["chosen"]), key=cell["arms"].__getitem__)
+    return control, cell["arms"][cell["chosen"]] - cell["arms"][control]
+
+
+def helps(cell: Mapping[str, Any]) -> str:
+    """Whether the chosen arm beats its strictest control under Holm's correction."""
+    if "judged" in cell:
+        return "yes" if cell["judged"]["helps"] else "no"
+    # Cells of an earlier version say only whether any arm helps: if none does, or this one loses, that is an answer.
+    return "not measured" if cell["helps"] and over_strictest(cell)[1] < 0 else "no"
+
+
 def table(claim: str, split: str, cells: dict[int, dict[str, Any]]) -> Iterator[str]:
     """Markdown of a claim."""
     if claim == "hawkes":
@@ -288,17 +302,23 @@ def table(claim: str, split: str, cells: dict[int, dict[str, Any]]) -> Iterator[
     oracles = [] if claim == "shuffled" else ["oracle own", "oracle s(t)"]
     has_gap = claim in ("regime", "cohort")
     heads = ["seed", "queries", *oracles, "own", "own+time", "chosen on validation", "its log-loss"]
-    heads += [*(["share of the gap"] if has_gap else []), "minus own+time", "helps"]
+    heads += [*(["share of the gap"] if has_gap else []), "minus own+time"]
+    heads += ["strictest control", "minus strictest", "helps"]
     yield f"{claim}, split by {split}; log-loss of the local label on {who}\n\n| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     for seed, cell in cells.items():
         numbers = [*cell["oracles"].values(), cell["arms"]["own"], cell["arms"]["own+time"]]
         chosen = cell["chosen"]
         row = [str(seed), str(cell["n"]), *(f"{one:.3f}" for one in numbers), chosen, f"{cell['arms'][chosen]:.3f}"]
-        row += [*([shown(cell["share"])] if has_gap else []), shown(cell["minus own+time"]), str(cell["helps"])]
+        row += [*([shown(cell["share"])] if has_gap else []), shown(cell["minus own+time"])]
+        control, difference = over_strictest(cell)
+        row += [control, f"{difference:+.3f}", helps(cell)]
         yield f"| {' | '.join(row)} |"
-    for key in (["share"] if has_gap else []) + ["minus own+time"]:
-        values = [cell[key][0] for cell in cells.values()]
+    over_seeds = {
+        key: [cell[key][0] for cell in cells.values()] for key in [*(["share"] if has_gap else []), "minus own+time"]
+    }
+    over_seeds["minus strictest"] = [over_strictest(cell)[1] for cell in cells.values()]
+    for key, values in over_seeds.items():
         if len(values) > 1:
             mean, sd = statistics.mean(values), statistics.stdev(values)
             half = float(student.ppf(0.975, len(values) - 1)) * sd / len(values) ** 0.5

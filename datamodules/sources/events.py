@@ -117,7 +117,8 @@ class EventTable:
 def read_events(paths: Sequence[Path], columns: EventColumns) -> EventTable:
     """Read, check, code and sort.
 
-    Events need not be sorted in the files. Ids of CSV files become integers if all are plain integers.
+    Events need not be sorted in the files; how many are not is logged in one line a file. Ids of CSV files become
+    integers if all are plain integers.
 
     Raises:
         ValueError: In one line, if a file cannot be read or is empty; a column is missing (the nearest are named) or
@@ -128,6 +129,7 @@ def read_events(paths: Sequence[Path], columns: EventColumns) -> EventTable:
     frames, n_read = [], 0
     for number, path in enumerate(paths):
         frame, n_rows = _read(path, columns)
+        _tell_unsorted(path, frame)
         frames.append(frame.with_columns(file=pl.lit(number, dtype=pl.Int32)))
         n_read += n_rows
     try:
@@ -249,6 +251,18 @@ def _read(path: Path, columns: EventColumns) -> tuple[pl.DataFrame, int]:
         if name in columns.required_numbers:
             refuse_kept(f"number {place}", name, number.is_null(), "is missing")
     return frame, n_rows
+
+
+def _tell_unsorted(path: Path, frame: pl.DataFrame) -> None:
+    late = pl.col("time") < pl.col("time").cum_max().over("user", order_by=_ROW)
+    n_unsorted = int(frame.select(late.sum()).item())
+    if n_unsorted:
+        logger.info(
+            "%s: %d of %d rows lie before an earlier row of their user in time: events are sorted",
+            path,
+            n_unsorted,
+            frame.height,
+        )
 
 
 def _first(path: Path, rows: pl.LazyFrame, wrong: pl.Expr) -> int | None:

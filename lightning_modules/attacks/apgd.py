@@ -29,13 +29,14 @@ class APGD(Stepper):
         direction: As in :class:`PGDStep`.
 
     Raises:
-        ValueError: If a share lies outside 0..1 or ``direction`` is unknown; at the attack, without a projection, with
-            a step of the call's own or with an objective that has no value.
+        ValueError: If a share lies outside 0..1 or ``direction`` is unknown; at the attack, without a projection or
+            with a step of the call's own.
 
     Source: F. Croce and M. Hein, arXiv 2003.01690, algorithm 1.
     """
 
     uses_values = True
+    step_from_radius = True
     ball = Projection
 
     def __init__(self, momentum: float = 0.75, threshold: float = 0.75, direction: Direction = "sign") -> None:

@@ -18,7 +18,7 @@ from lightning_modules.attacks.class_losses import decisions
 from lightning_modules.attacks.discriminators import AttackPlan, DiscriminatorPlan
 from lightning_modules.attacks.engine import Attack, AttackResult
 from lightning_modules.attacks.frozen_networks import Network, logits_of, pass_rows
-from lightning_modules.attacks.grid import grid_points, run_grid
+from lightning_modules.attacks.grid import RESTART_STRIDE, grid_points, run_grid
 from lightning_modules.attacks.judges import (
     FittedJudge,
     Judge,
@@ -36,10 +36,24 @@ Series = Mapping[str, Tensor]
 """``series (n, T, C)``, ``mask (n, T)``, ``labels (n,)``, ``index (n,)``."""
 
 
-def fresh_panel(is_z_normed: bool) -> list[Judge]:
-    """Held-out judges that are no networks, not yet fitted; two statistics only where series are z-normed."""
-    judges: list[Judge] = [StatisticsJudge(), NearestNeighbourJudge(), OneClassJudge()]
-    return judges + ([TwoStatisticsJudge()] if is_z_normed else [])
+def fresh_panel(is_z_normed: bool, fitted: bool = True) -> list[tuple[Judge, Role]]:
+    """Judges that are no networks, not yet fitted, with their roles.
+
+    Args:
+        is_z_normed: Whether series are z-normed one by one: then two statistics always judge (T7), with ties, and in
+            their strict form beside the panel, for that one reads float32 rounding too.
+        fitted: Whether judges that are fitted to clean training series are among them.
+    """
+    judges: list[tuple[Judge, Role]] = []
+    if fitted:
+        judges += [
+            (StatisticsJudge(), "held_out"),
+            (NearestNeighbourJudge(), "held_out"),
+            (OneClassJudge(), "held_out"),
+        ]
+    if is_z_normed:
+        judges += [(TwoStatisticsJudge(), "held_out"), (TwoStatisticsJudge("strict two statistics", tie=0), "beside")]
+    return judges
 
 
 def fit_panel(judges: Sequence[Judge], series: Tensor, mask: Tensor) -> None:
@@ -80,8 +94,9 @@ def choose(
         max_rows: Series times configurations in memory at a time.
 
     Returns:
-        Plain values: ``step``, ``radius``, ``alpha``, ``iteration``, ``success``, ``scales``, and the tensors
-        ``effectiveness`` and ``concealability``, ``(G, N + 1)``.
+        Plain values: ``step``, ``radius``, ``alpha``, ``restart``, ``iteration``, ``success``, ``scales``, and the
+        tensors ``effectiveness`` and ``concealability``, ``(G, N + 1)``. Of equal configurations the smaller step is
+        chosen, then the smaller alpha, the fewer iterations, the lower restart.
     """
     networks = [judge.network for judge in detectors]
     scales = None
@@ -92,7 +107,7 @@ def choose(
             "victim_scale": objective.victim_scale,
             "detector_scale": scale if isinstance(scale, int | float) else list(scale),
         }
-    points = grid_points(steps=plan.steps, radii=plan.radii, alphas=plan.alphas)
+    points = grid_points(steps=plan.steps, radii=plan.radii, alphas=plan.alphas, n_restarts=plan.n_restarts)
     result = run_grid(
         _scaled(plan.attack, scales),
         classifier,
@@ -126,6 +141,7 @@ def choose(
         "step": point.step,
         "radius": point.radius,
         "alpha": point.alpha,
+        "restart": point.restart,
         "iteration": iteration,
         "success": float(success[choice.configuration, iteration]),
         "effectiveness": effective.cpu(),
@@ -143,19 +159,25 @@ def run_chosen(
     *,
     seed: int = 0,
     max_rows: int = 4096,
+    keep_iterates: bool = False,
 ) -> AttackResult:
-    """Run an attack under the configuration that :func:`choose` gave, with the same seed."""
+    """Run an attack under the configuration that :func:`choose` gave, with the same seed and the noise of its restart.
+
+    Choices without a ``restart`` are of restart 0: checkpoints held none before grids had restarts.
+    """
     attack = _scaled(plan.attack, choice["scales"])
     strengths = {axis: choice[axis] for axis in ("step", "radius", "alpha") if choice[axis] is not None}
+    index = series["index"] + choice.get("restart", 0) * RESTART_STRIDE
     return attack(
         classifier,
         series["series"],
         series["labels"],
         mask=series["mask"],
-        index=series["index"],
+        index=index,
         detectors=detectors,
         generator=seed,
         stop=choice["iteration"],
+        keep_iterates=keep_iterates,
         batch_size=None if attack.couples_batch else pass_rows(series["series"], max_rows),
         **strengths,
     )

@@ -9,6 +9,7 @@ Source: spec of arXiv 2502.20948, section 6.
 n training series, T steps, C channels, L levels.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_modules.attacks.engine import Attack
 from lightning_modules.attacks.grid import grid_points
-from lightning_modules.attacks.steppers import PGDStep
+from lightning_modules.attacks.judges import DATA_SPLIT
 from lightning_modules.attacks.study import Role
 from lightning_modules.collectives import gather_objects, n_processes, rank
 from lightning_modules.networks import NetworkFactory
@@ -163,7 +164,7 @@ class DiscriminatorPlan:
         return min(epoch // self.epochs_per_level, len(self.levels) - 1)
 
     def provenance(self, network: nn.Module) -> dict[str, str]:
-        """Seed, architecture and training attacks of a network that was made by this plan.
+        """Seed, architecture, training attacks and data split of a network that was made by this plan.
 
         Beside its given name an attack is listed by its parts, so that the same one under two names is the same.
         """
@@ -176,6 +177,7 @@ class DiscriminatorPlan:
             "seed": str(self.seed),
             "architecture": type(network).__name__,
             "training_attacks": ", ".join(dict.fromkeys(attacks)),
+            "data_split": DATA_SPLIT,
         }
 
 
@@ -290,13 +292,14 @@ class AttackPlan:
         attack: Objective, stepper, projection, constraints.
         steps: Steps to choose from; empty keeps the stepper's own.
         radii: Radii to choose from; empty keeps the projection's own.
-        alphas: Weights to choose from; empty keeps the objective's own.
+        alphas: Weights to choose from, 0 leaving the detectors out; empty keeps the objective's own.
         calibrate: Whether the objective divides logits by their median absolute clean value on validation.
+        n_restarts: Draws of noise for every configuration, the seeds of the grid; validation chooses among them too.
 
     Raises:
-        ValueError: If an axis has no place in the attack, holds a value twice or one that is not above 0; a step or a
-            radius is nowhere given; the attack aims at classes, keeps its best iterate or couples the series of a
-            batch.
+        ValueError: If an axis has no place in the attack, holds a value twice, a step or radius that is not above 0 or
+            an alpha below 0; a step or a radius is nowhere given; there is no restart, or several of an attack that
+            draws no noise; the attack aims at classes, keeps its best iterate or couples the series of a batch.
     """
 
     def __init__(
@@ -309,10 +312,16 @@ class AttackPlan:
         radii: Sequence[float] = (),
         alphas: Sequence[float] = (),
         calibrate: bool = False,
+        n_restarts: int = 1,
     ) -> None:
-        for axis, values in (("steps", steps), ("radii", radii), ("alphas", alphas)):
-            if any(not value > 0 for value in values):
-                raise ValueError(f"{axis} of attack {name!r} must be above 0, got {list(values)}")
+        for axis, values in (("steps", steps), ("radii", radii)):
+            if any(not 0 < value < math.inf for value in values):
+                raise ValueError(f"{axis} of attack {name!r} must be above 0 and finite, got {list(values)}")
+        if any(not 0 <= value < math.inf for value in alphas):
+            raise ValueError(f"alphas of attack {name!r} must be at least 0 and finite, got {list(alphas)}")
+        if n_restarts < 1 or (n_restarts > 1 and not attack.is_random):
+            allowed = "at least 1" if attack.is_random else "1: it draws no noise, all restarts would be the same"
+            raise ValueError(f"n_restarts of attack {name!r} must be {allowed}, got {n_restarts}")
         if radii and attack.projection is None:
             raise ValueError(f"radii of attack {name!r} need a projection, it has none")
         if alphas and not hasattr(attack.objective, "alpha"):
@@ -322,11 +331,11 @@ class AttackPlan:
                 f"attack {name!r} must be untargeted, keep its last iterate and not couple the series of a batch: the "
                 "iterate is chosen by number, for all series alike"
             )
-        own_step = isinstance(attack.stepper, PGDStep)
-        if own_step and steps:
-            raise ValueError(f"steps of attack {name!r}: PGDStep takes its step from the radius, give radii")
-        if not own_step and attack.stepper.uses_gradient and not steps and attack.stepper.step is None:
-            raise ValueError(f"attack {name!r} needs a step: give steps, or one to {type(attack.stepper).__name__}")
+        stepper, kind = attack.stepper, type(attack.stepper).__name__
+        if stepper.step_from_radius and steps:
+            raise ValueError(f"steps of attack {name!r}: {kind} takes its step from the radius, give radii")
+        if not (stepper.step_from_radius or steps) and stepper.step is None:
+            raise ValueError(f"attack {name!r} needs a step: give steps, or one to {kind}")
         if attack.projection is not None and not radii and attack.projection.radius is None:
             raise ValueError(
                 f"attack {name!r} needs a radius: give radii, or one to {type(attack.projection).__name__}"
@@ -334,3 +343,4 @@ class AttackPlan:
         grid_points(steps=steps, radii=radii, alphas=alphas)  # refuses what occurs twice
         self.name, self.family, self.attack, self.calibrate = name, family, attack, calibrate
         self.steps, self.radii, self.alphas = tuple(steps), tuple(radii), tuple(alphas)
+        self.n_restarts = n_restarts

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.attacks.constraints import Constraint
-from lightning_modules.attacks.frozen_networks import Network, frozen, pass_rows
+from lightning_modules.attacks.frozen_networks import Network, frozen, pass_rows, taken_mask
 from lightning_modules.attacks.gradients import choose
 from lightning_modules.attacks.objectives import Objective
 from lightning_modules.attacks.projections import Projection, Strength, per_series
@@ -38,7 +38,8 @@ class AttackResult:
         chosen: ``(B,) int64`` in 0..N.
         logits: ``(N + 1, B, K') float`` of the victim at every iterate, number 0 being the start.
         detector_logits: ``(N + 1, M, B) float``.
-        values: ``(N + 1, B) float`` of the objective; None for objectives without.
+        values: ``(N + 1, B) float`` of the objective; of one that joins gradients, the values that the stepper or
+            ``keep="best"`` compared, None where nothing compares.
         n_bad_gradients: ``(B,) int64`` gradients with a value that is not finite (taken as 0).
         n_zero_gradients: ``(B,) int64`` gradients that are 0 everywhere.
         n_gradients: Gradients taken for each series.
@@ -83,8 +84,7 @@ class Attack:
             equal ones.
 
     Raises:
-        ValueError: If the parts do not fit: a stepper without the ball or the values it needs, a random start without
-            a ball.
+        ValueError: If the parts do not fit: a stepper without the ball it needs, a random start without a ball.
     """
 
     def __init__(
@@ -99,19 +99,16 @@ class Attack:
         random_start: bool = False,
         keep: Literal["last", "best"] = "last",
     ) -> None:
-        names = type(objective).__name__, type(stepper).__name__
         if n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, got {n_steps}")
         if keep not in ("last", "best"):
             raise ValueError(f"keep must be 'last' or 'best', got {keep!r}")
         if stepper.ball is not None and not isinstance(projection, stepper.ball):
             kind = "a projection" if stepper.ball is Projection else f"the projection {stepper.ball.__name__}"
-            raise ValueError(f"{names[1]} needs {kind}, got {projection and type(projection).__name__}")
+            name = type(stepper).__name__
+            raise ValueError(f"{name} needs {kind}, got {projection and type(projection).__name__}")
         if random_start and projection is None:
             raise ValueError("random_start needs a projection to start inside of, got None")
-        if not objective.has_value and (stepper.uses_values or keep == "best"):
-            asker = names[1] if stepper.uses_values else "keep='best'"
-            raise ValueError(f"{asker} compares values, and {names[0]} joins gradients and has none")
         self.objective, self.stepper, self.projection = objective, stepper, projection
         self.constraints = tuple(constraints)
         self.n_steps, self.targeted, self.random_start, self.keep = n_steps, targeted, random_start, keep
@@ -120,6 +117,16 @@ class Attack:
     def couples_batch(self) -> bool:
         """Whether the steps of a series depend on the other series of its batch."""
         return self.objective.couples_batch or self.stepper.couples_batch
+
+    @property
+    def has_values(self) -> bool:
+        """Whether points are given values: the objective's own, or those that are compared."""
+        return self.objective.has_value or self.stepper.uses_values or self.keep == "best"
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the attack draws noise, so that seeds and restarts differ."""
+        return self.random_start or self.stepper.uses_noise
 
     def __call__(
         self,
@@ -165,8 +172,8 @@ class Attack:
             Iterates, logits at each and counts.
 
         Raises:
-            ValueError: If an argument has a wrong shape or value, a network does not return logits, or what the
-                objective needs is missing.
+            ValueError: If an argument has a wrong shape or value, a network does not return logits, series are padded
+                and a network takes no mask, or what the objective needs is missing.
         """
         if isinstance(detectors, nn.Module) and not isinstance(detectors, nn.ModuleList):
             raise ValueError("detectors must be a sequence of networks, got one network: put it into a list")
@@ -178,6 +185,9 @@ class Attack:
         if size < 1 or (self.couples_batch and size < len(x)):
             raise ValueError(f"batch_size must be at least 1, all {len(x)} where series are coupled, got {size}")
         networks = (model, model if surrogate is None else surrogate, detectors)
+        roles = ("classifier", "surrogate", *["detector"] * len(detectors))
+        for network, role in zip((*networks[:2], *detectors), roles, strict=True):
+            taken_mask(network, mask, role)
         everything = {
             "x": x,
             "y": y,
@@ -247,7 +257,7 @@ class Attack:
             chosen=chosen.clone(),
             logits=torch.stack([one.logits for one in history]),
             detector_logits=torch.stack([one.detector_logits for one in history]),
-            values=torch.stack([value for value in values if value is not None]) if self.objective.has_value else None,
+            values=torch.stack([value for value in values if value is not None]) if self.has_values else None,
             n_bad_gradients=run.n_bad,
             n_zero_gradients=run.n_zero,
             n_gradients=run.n_gradients,
@@ -261,7 +271,7 @@ class Attack:
 
     def seed(self, generator: torch.Generator | int | None) -> int:
         """Seed of an attack: one draw of the generator, and none where nothing is random."""
-        if isinstance(generator, int) or not (self.random_start or self.stepper.uses_noise):
+        if isinstance(generator, int) or not self.is_random:
             return generator if isinstance(generator, int) else 0
         device = "cpu" if generator is None else generator.device
         return int(torch.randint(2**62, (1,), generator=generator, device=device))

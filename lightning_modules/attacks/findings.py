@@ -3,8 +3,10 @@
 n series, K classes, M attacked detectors, J judges, m calibration series, S resamples. Everything here is plain:
 numbers, strings, lists, mappings, and None for what is not defined, so that it can be written as JSON as it is. Rates
 of false alarms are keys as one writes them, "0.05" and "0.01".
-A trained discriminator is a valid judge by what it was declared to see, its vanilla training attacks at all of their
-strengths; the others, which trained on no attack, by the vanilla attacks that validation chose.
+A trained discriminator is a valid judge by what it was declared to see: its mean AUC over its vanilla training attacks
+and their strengths, not over rounds, whose series were made to pass it. The vanilla attack of the test does not decide
+of it, though its AUC stands beside: validation may choose so small a step that nobody could see it, or one so large
+that anybody could. Judges that trained on no attack have only that one to go by.
 Source: spec of arXiv 2502.20948, sections 6 (roles), 9 (metrics), 11 (T6, T12) and 12.3; the panel is ours.
 """
 
@@ -22,10 +24,17 @@ from lightning_modules.attacks.selection import pareto_area
 from lightning_modules.attacks.study import AttackStudy, ChosenAttack, JudgeRecord
 from lightning_modules.attacks.study_bootstrap import HEADLINE_RATE, Decided, baseline_of, intervals
 from lightning_modules.attacks.thresholds import Threshold, binomial_share, conformal_threshold, n_clean_required
+from lightning_modules.metrics.attack_classifier_functional import (
+    classifier_auc,
+    classifier_average_precision,
+    gradient_rate,
+)
 from lightning_modules.metrics.attack_functional import (
     ConcealabilityForm,
     accuracy,
+    accuracy_on_correct,
     attack_success_rate,
+    classifier_f1,
     concealability,
     detection_rate,
     detector_auc,
@@ -236,15 +245,25 @@ def _size(study: AttackStudy, attack: ChosenAttack) -> dict[str, Any]:
 def _effort(decided: Decided, attack: ChosenAttack) -> dict[str, Any]:
     flips = steps_to_flip(decided.along, decided.labels)[decided.correct]
     flipped = flips[flips > 0].double()
-    n_gradients = len(decided.labels) * attack.n_gradients
     return {
         "steps_to_flip": {
             "median": float(flipped.quantile(0.5)) if len(flipped) else None,
             "share_flipped": len(flipped) / len(flips) if len(flips) else None,
         },
-        "bad_gradients": int(attack.n_bad_gradients.sum()) / n_gradients if n_gradients else None,
-        "zero_gradients": int(attack.n_zero_gradients.sum()) / n_gradients if n_gradients else None,
+        "bad_gradients": float(gradient_rate(attack.n_bad_gradients, attack.n_gradients)),
+        "zero_gradients": float(gradient_rate(attack.n_zero_gradients, attack.n_gradients)),
         "seconds_per_series": attack.seconds / len(decided.labels),
+    }
+
+
+def _classifier(logits: Tensor, labels: Tensor, n_classes: int) -> dict[str, float]:
+    """How well the victim decides and ranks series; ROC and PR one-vs-rest, macro, for more than two classes."""
+    called = decisions(logits)
+    return {
+        "accuracy": float(accuracy(called, labels)),
+        "f1": float(classifier_f1(called, labels, n_classes)),
+        "roc_auc": float(classifier_auc(logits, labels)),
+        "average_precision": float(classifier_average_precision(logits, labels)),
     }
 
 
@@ -262,7 +281,8 @@ def _attack(study: AttackStudy, attack: ChosenAttack, panel: Sequence[JudgeRecor
         "n_configurations": len(attack.validation_effectiveness),
         "pareto_area": pareto_area(attack.validation_effectiveness, attack.validation_concealability),
         "effectiveness": float(decided.effect),
-        "accuracy": float(accuracy(decided.adversarial, study.labels)),
+        **_classifier(attack.logits[attack.iteration], study.labels, decided.n_classes),
+        "accuracy_on_correct": float(accuracy_on_correct(decided.clean, decided.adversarial, study.labels)),
         "fooling_rate": float(fooling_rate(decided.clean, decided.adversarial)),
         "success_on_correct": float(attack_success_rate(decided.clean, decided.adversarial, study.labels)),
         "one_class": len(decided.adversarial.unique()) == 1,
@@ -287,15 +307,15 @@ def findings(study: AttackStudy, *, n_resamples: int = 2000, level: float = 0.95
         Plain values. ``judges``: by name role, provenance, AUC on vanilla attacks, for trained ones the AUC of each
         training attack and strength on validation and the mean of the vanilla ones, whether it is valid, and at each
         rate the conformal threshold (None if not resolvable) with the realised false alarms. Shares are lists: share,
-        low, high (Clopper-Pearson), hits, trials. ``attacks``: by name the chosen configuration, EFF, accuracy,
-        fooling rate, success on initially correct series, norms and the DTW distance in a band (means over series),
-        roughness ratio, steps to flip, shares of bad and zero gradients, seconds a series; ``judges`` with AUC, CONC
+        low, high (Clopper-Pearson), hits, trials. ``attacks``: by name the chosen configuration, EFF, accuracy, F1,
+        ROC-AUC and average precision of the victim (one-vs-rest, macro, for K > 2), accuracy and success on
+        initially correct series, fooling rate, norms and the DTW distance in a band (means over series), roughness
+        ratio, steps to flip, shares of bad and zero gradients, seconds a series; ``judges`` with AUC, CONC
         and F in every form, detection off the ROC curve, share flagged and joint success at the conformal thresholds;
         ``attacked`` against the attacked detectors pooled; ``panel``, mean over the valid held-out judges and the worst
         of them for the attack; ``intervals`` and ``minus_vanilla``, percentile intervals of EFF, CONC and F in the F1
         form against the attacked detectors and of mean joint success against the panel, and of what concealment adds to
-        each. ``headline``: the best concealed attack by validation. ``victim``, ``panel``, sizes, ``flags`` and the
-        settings.
+        each. ``headline``: the best concealed attack by validation. ``victim``, ``panel``, sizes and the settings.
 
     Raises:
         ValueError: If there is no attack, two attacks or judges share a name, ``n_resamples`` is below 1 or ``level``
@@ -329,7 +349,7 @@ def findings(study: AttackStudy, *, n_resamples: int = 2000, level: float = 0.95
             "judges": {judge.name: _judge(study, judge, aucs[judge.name], level) for judge in study.judges},
             "panel": [judge.name for judge in panel],
             "victim": {
-                "accuracy": float(accuracy(clean, study.labels)),
+                **_classifier(study.clean_logits, study.labels, n_classes),
                 "effectiveness": float(effectiveness(clean, study.labels, n_classes)),
                 "n_correct": int((clean == study.labels).sum()),
                 "one_class": len(clean.unique()) == 1,
@@ -343,6 +363,5 @@ def findings(study: AttackStudy, *, n_resamples: int = 2000, level: float = 0.95
             "n_resamples": n_resamples,
             "level": level,
             "seed": study.seed,
-            "flags": study.flags,
         }
     )

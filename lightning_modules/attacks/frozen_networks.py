@@ -35,7 +35,13 @@ def pass_rows(x: Tensor, most: int | None = None) -> int:
 
 
 def takes_mask(network: Network) -> bool:
-    """Whether the network, or the ``forward`` of a module, has a parameter called ``mask``."""
+    """Whether the network, or the ``forward`` of a module, has a parameter called ``mask``.
+
+    A wrapper that hands masks on answers for the network inside, by an attribute ``takes_mask`` of its own.
+    """
+    answer = getattr(network, "takes_mask", None)
+    if isinstance(answer, bool):
+        return answer
     called = network.forward if isinstance(network, nn.Module) else network
     schema = getattr(called, "schema", None)  # a TorchScript method has no Python signature
     if schema is not None:
@@ -46,9 +52,39 @@ def takes_mask(network: Network) -> bool:
         return False
 
 
+def taken_mask(network: Network, mask: Tensor | None, role: str = "network") -> Tensor | None:
+    """The mask as a network takes it: None for one that takes none, if no series is padded.
+
+    Read from the device where the network takes none, so a loop asks before it begins.
+
+    Args:
+        network: Any network.
+        mask: ``(B, T) bool`` or None.
+        role: What the network is, for the error.
+
+    Raises:
+        ValueError: If series are padded and the network takes no mask: it would read padding as series.
+    """
+    if mask is None or takes_mask(network):
+        return mask
+    padded = int((~mask.all(dim=1)).sum())
+    if padded:
+        name = getattr(network, "__name__", type(network).__name__)
+        raise ValueError(
+            f"the {role} {name} takes no mask, and {padded} of {len(mask)} series are padded: give series of one "
+            "length, or a network with a parameter called mask"
+        )
+    return None
+
+
 def call(network: Network, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The network's output, with the mask where there is one and the network takes it."""
-    return network(x, mask=mask) if mask is not None and takes_mask(network) else network(x)
+    """The network's output, with the mask where there is one and the network takes it.
+
+    Raises:
+        ValueError: As :func:`taken_mask`.
+    """
+    taken = taken_mask(network, mask)
+    return network(x) if taken is None else network(x, mask=taken)
 
 
 def _modules(networks: Iterable[Network]) -> Iterator[nn.Module]:
@@ -113,10 +149,11 @@ def logits_of(network: Network, x: Tensor, mask: Tensor | None = None, *, batch_
         What the network returns, joined along the first axis.
 
     Raises:
-        ValueError: If there is no series.
+        ValueError: If there is no series, or series are padded and the network takes no mask.
     """
     if len(x) == 0:
         raise ValueError("x must hold at least one series, got none")
+    mask = taken_mask(network, mask)
     with frozen([network], x.device), torch.no_grad():
         chunks = range(0, len(x), batch_size)
         masks = [None if mask is None else mask[start : start + batch_size] for start in chunks]

@@ -16,13 +16,22 @@ from lightning_modules.attacks.objectives import Objective, Terms
 
 @dataclass(frozen=True, eq=False)
 class GradientObjective(Objective, ABC):
-    """Base of the rules that join the gradients of both losses; such an objective has no value."""
+    """Base of the rules that join the gradients of both losses.
+
+    The direction is the gradient of no function, so the objective has no value of its own. Steppers that compare values
+    (``keep="best"`` too) compare ``L_c + alpha L_d``, without ``alpha`` ``L_c + L_d``. The specification names no value
+    for these rules; this one is our choice, being the sum that both terms of the rule climb.
+    """
 
     has_value = False
 
     @abstractmethod
     def combine(self, class_gradient: Tensor, detector_gradient: Tensor, alpha: Tensor | None) -> Tensor:
         """Direction ``(B, T, C)`` from both gradients."""
+
+    def values(self, terms: Terms) -> Tensor:
+        """``L_c + alpha L_d``, ``(B,)``: what steppers compare."""
+        return terms.class_loss + (terms.hiding if terms.alpha is None else terms.weighted_by_alpha(terms.hiding))
 
     def direction(self, terms: Terms) -> tuple[Tensor | None, Tensor]:
         """The rule on the two gradients; the networks share no graph, so this is one backward through each."""

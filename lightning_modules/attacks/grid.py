@@ -74,7 +74,7 @@ def grid_points(
         steps: Steps, in units of the series.
         radii: Radii.
         alphas: Weights.
-        n_restarts: Draws of noise, at least 1.
+        n_restarts: Draws of noise, at least 1: the seeds of the grid.
 
     Raises:
         ValueError: If ``n_restarts`` is below 1 or a configuration occurs twice.

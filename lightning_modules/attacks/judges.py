@@ -20,6 +20,9 @@ from lightning_modules.metrics.attack_functional import roughness
 PROVENANCE_KEYS = ("seed", "architecture", "training_attacks")
 """What sets a held-out judge apart from the detectors that an attack was made against."""
 
+DATA_SPLIT = "train"
+"""Series that every judge learns from, ``data_split`` in its provenance. It sets none apart: all have the same."""
+
 StatisticsRule = Literal["mahalanobis", "max_z"]
 
 ARCHIVE_ROUNDING = 1e-6
@@ -194,7 +197,8 @@ class TwoStatisticsJudge:
     """The two-line detector of z-normalised sets (T7): ``max(|mean|, |std - 1|)`` over channels, std with n - 1.
 
     Scores below ``tie`` are 0 and so equal: they lie within the archive's own rounding, and a detector that reads them
-    reads float32 arithmetic. Not applicable to sets that are not z-normalised series by series.
+    reads float32 arithmetic (the strict form, ``tie`` 0). Not applicable to sets that are not z-normalised series by
+    series.
 
     Args:
         name: Name in reports.
@@ -226,7 +230,7 @@ class FittedJudge(ABC):
 
     Attributes:
         name: Name in reports.
-        provenance: Only an architecture: no seed and no attack goes into it.
+        provenance: Only an architecture and the data split: no seed and no attack goes into it.
     """
 
     architecture: str
@@ -235,7 +239,7 @@ class FittedJudge(ABC):
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name or self.architecture
-        self.provenance = {"architecture": self.architecture}
+        self.provenance = {"architecture": self.architecture, "data_split": DATA_SPLIT}
         self._state: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.attacks.class_losses import decisions, logit_margin
-from lightning_modules.attacks.frozen_networks import Network, call, frozen
+from lightning_modules.attacks.frozen_networks import Network, call, frozen, taken_mask
 from lightning_modules.attacks.gradients import gradient
 
 
@@ -35,7 +35,8 @@ def _victim(model: Network, x: Tensor, mask: Tensor | None) -> Iterator[tuple[Te
     if x.ndim != 3 or not x.is_floating_point() or (mask is not None and mask.shape != x.shape[:2]):
         raise ValueError(f"x must be floating of shape (B, T, C) with a mask (B, T) or None, got {tuple(x.shape)}")
     with frozen([model], x.device):
-        clean, valid = x.detach().clone(), None if mask is None else mask.clone()
+        taken = taken_mask(model, mask, "classifier")
+        clean, valid = x.detach().clone(), None if taken is None else taken.clone()
         yield clean, lambda point: call(model, point, valid)
 
 
@@ -75,7 +76,7 @@ class DeepFool:
             mask: ``(B, T) bool`` or None; padded steps never change.
 
         Raises:
-            ValueError: If ``x`` or ``mask`` has a wrong shape.
+            ValueError: If ``x`` or ``mask`` has a wrong shape, or series are padded and the victim takes no mask.
         """
         with _victim(model, x, mask) as (clean, logits_at):
             labels = y.clone()

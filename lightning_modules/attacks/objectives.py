@@ -2,7 +2,7 @@
 
 B series, T steps, C channels, M detectors. ``L_c`` is the classifier's loss (negated for a target class), ``L_d`` the
 loss the detectors suffer on the answer "adversarial"; both grow as the attack succeeds. A scalar objective has a value
-``J`` for each series; a gradient objective has directions only.
+``J`` for each series; a gradient objective has directions, and a value only where a stepper compares values.
 
 Source: spec of the concealed attack, sections 3 and 4, after P. Sokerin et al., arXiv 2502.20948.
 """

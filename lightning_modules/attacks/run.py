@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.attacks.constraints import Ball
-from lightning_modules.attacks.frozen_networks import Network, call
+from lightning_modules.attacks.frozen_networks import Network, takes_mask
 from lightning_modules.attacks.gradients import choose
 from lightning_modules.attacks.objectives import Terms
 from lightning_modules.attacks.projections import Strength, per_series
@@ -32,7 +32,7 @@ class Evaluation:
     Attributes:
         logits: ``(B, K') float`` of the victim.
         detector_logits: ``(M, B) float``.
-        objective_value: ``(B,) float``; None for objectives without.
+        objective_value: ``(B,) float``; None for an objective that joins gradients, where nothing compares values.
         direction: ``(B, T, C) float`` to climb; None where it was not asked for.
     """
 
@@ -80,6 +80,8 @@ class Run:
         self._attack = attack
         self._victim, self._source, self._detectors = networks
         self._labels, self._weights = y, weights
+        # asked once, not in every step: a signature is slow to read
+        self._take_mask = {id(network): takes_mask(network) for network in (*networks[:2], *networks[2])}
         self.mask, self.n_steps, self.noise = mask, attack.n_steps, noise
         self.starts_at_random = attack.random_start
         radii = None if attack.projection is None else attack.projection.radii(x, mask, strengths["radius"])
@@ -156,7 +158,7 @@ class Run:
             self.n_gradients += 1
             self.n_bad += bad
             self.n_zero += ~direction.flatten(1).any(dim=1)
-        elif objective.has_value:
+        if value is None and self._attack.has_values:
             with torch.no_grad():
                 value = objective.values(terms)
         return Evaluation(logits.detach(), detector_logits.detach(), value, direction)
@@ -174,7 +176,8 @@ class Run:
         return choose(higher, candidate, x), kept
 
     def _logits(self, network: Network, x: Tensor, role: str) -> Tensor:
-        logits = call(network, x, self.mask)
+        masked = self.mask is not None and self._take_mask[id(network)]
+        logits = network(x, mask=self.mask) if masked else network(x)
         width = "1" if role == "detector" else "1 or n_classes"
         fits = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(x)
         if not fits or logits.shape[1] < 1 or (role == "detector" and logits.shape[1] != 1):

@@ -56,7 +56,7 @@ class SimBA(Stepper):
         channels: ``"all"`` moves every channel of the time step, ``"one"`` a random one.
 
     Raises:
-        ValueError: If ``channels`` is unknown; at the attack, with an objective that has no value.
+        ValueError: If ``channels`` is unknown.
 
     Source: spec of the concealed attack, section 5; C. Guo et al., arXiv 1905.07121.
     """
@@ -108,8 +108,7 @@ class SquareSearch(Stepper):
         share: Share of the time steps of the first windows, inside 0..1.
 
     Raises:
-        ValueError: If ``share`` lies outside; at the attack, without an linf ball, with a step of the call's own or
-            with an objective that has no value.
+        ValueError: If ``share`` lies outside; at the attack, without an linf ball or with a step of the call's own.
 
     Source: M. Andriushchenko et al., arXiv 1912.00049, algorithms 1 and 2, with windows in place of squares.
     """
@@ -117,6 +116,7 @@ class SquareSearch(Stepper):
     uses_gradient = False
     uses_noise = True
     uses_values = True
+    step_from_radius = True
     ball = Linf
 
     SCHEDULE: ClassVar[tuple[float, ...]] = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)

@@ -1,8 +1,9 @@
 """The one rule by which every attack picks its configuration and iteration, and the trade-off it picks from.
 
-P configurations (step, alpha, radius, seed), iterations of one run of each. All numbers come from validation series;
-test scores stay sealed until the selection is final. The published tables were not selected by one rule for all
-attacks, which doubles the gap between concealed and vanilla attacks there.
+P configurations (step, alpha, radius, seed), iterations of one run of each. All numbers come from validation series:
+the data module hands out no test series while a fit runs, and nothing is tested before attacks were chosen. The
+published tables were not selected by one rule for all attacks, which doubles the gap between concealed and vanilla
+attacks there.
 Source: spec of arXiv 2502.20948, sections 9.3 and 11 (T1); the rule is ours.
 """
 

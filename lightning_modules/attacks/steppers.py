@@ -25,6 +25,10 @@ Advance = Callable[[Tensor, "Evaluation"], tuple[Tensor, "Evaluation | None"]]
 class Stepper(ABC):
     """How an attack moves.
 
+    Class attributes say what it needs: ``uses_gradient`` at the iterate, ``uses_values`` to compare points,
+    ``uses_noise``, the kind of ``ball``, whether it ``couples_batch``, and ``step_from_radius``: its step follows the
+    radius of the ball, and none can be given.
+
     Args:
         step: Length ``s`` of a step, in units of the series; above 0. None where every call gives its own.
 
@@ -35,6 +39,7 @@ class Stepper(ABC):
     uses_gradient: ClassVar[bool] = True
     uses_values: ClassVar[bool] = False
     uses_noise: ClassVar[bool] = False
+    step_from_radius: ClassVar[bool] = False
     ball: ClassVar[type[Projection] | None] = None
     couples_batch: ClassVar[bool] = False
 
@@ -100,6 +105,7 @@ class PGDStep(Stepper):
     Source: spec of the concealed attack, section 5; A. Madry et al., arXiv 1706.06083.
     """
 
+    step_from_radius = True
     ball = Projection
 
     def __init__(self, direction: Direction = "sign", relative_step: float = 2.5) -> None:

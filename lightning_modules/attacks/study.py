@@ -4,13 +4,15 @@ n series, T steps, C channels, K' logits, N iterations, G configurations, J judg
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Role = Literal["attacked", "held_out"]
+Role = Literal["attacked", "held_out", "beside"]
+"""``"attacked"``: attacks may read it; ``"held_out"``: no gradient, no selection, a member of the panel if it is valid;
+``"beside"``: as held out, shown in the report and in no mean of the panel."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class JudgeRecord:
 
     Attributes:
         name: Unique in the study.
-        role: ``"attacked"``: in the objectives; ``"held_out"``: never used for gradients or selection.
-        provenance: Seed, architecture, training attacks, as far as they apply.
+        role: See :data:`Role`.
+        provenance: Seed, architecture, training attacks, data split, as far as they apply.
         clean: ``(n,) float64`` scores of the clean test series, larger is more adversarial.
         calibration: ``(m,) float64`` scores of clean series, each by a judge that was made without it.
         is_probability: Whether 0.5 is a threshold, as for networks; other judges are read by AUC and by thresholds.
@@ -110,7 +112,6 @@ class AttackStudy:
         judges: Attacked first.
         attacks: In the order of the config.
         saturation: Median |logit| of the victim on clean validation series; above 17, float32 cross-entropy is flat.
-        flags: What went other than asked for.
         seed: Of the run.
     """
 
@@ -123,7 +124,6 @@ class AttackStudy:
     judges: tuple[JudgeRecord, ...]
     attacks: tuple[ChosenAttack, ...]
     saturation: float
-    flags: tuple[str, ...] = field(default=())
     seed: int = 0
 
     @classmethod
@@ -184,8 +184,11 @@ class AdversarialSeries:
         series: ``(B, T, C) float`` clean.
         x_adv: ``(B, T, C) float``.
         logits: ``(N + 1, B, K') float`` of the victim along the run.
-        detector_logits: ``(N + 1, M, B) float``.
+        detector_logits: ``(N + 1, M, B) float`` of the attacked detectors.
+        detectors: Their M names.
         iteration: Number of the iterate that ``x_adv`` is.
+        iterates: ``(N + 1, B, T, C) float``, points of the run from its start, which is the clean series unless
+            the attack draws another; None where not kept.
     """
 
     def __init__(
@@ -199,8 +202,11 @@ class AdversarialSeries:
         x_adv: Tensor,
         logits: Tensor,
         detector_logits: Tensor,
+        detectors: tuple[str, ...],
         iteration: int,
+        iterates: Tensor | None = None,
     ) -> None:
         self.attack, self.index, self.labels, self.mask = attack, index, labels, mask
         self.series, self.x_adv, self.iteration = series, x_adv, iteration
-        self.logits, self.detector_logits = logits, detector_logits
+        self.logits, self.detector_logits, self.detectors = logits, detector_logits, detectors
+        self.iterates = iterates

@@ -1,7 +1,7 @@
 """Victims from anywhere: loading, pre-processing inside the graph, and the refusal of probabilities.
 
-B series, T steps, C channels, K classes. Nothing here unpickles code: weights are read with ``weights_only``, programs
-as TorchScript or as an exported program.
+B series, T steps, C channels, K classes. Weights are read with ``weights_only`` and cannot run code. The file of a
+program (TorchScript or ``torch.export``) can: it is read only where the caller says that it is trusted.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.attacks.frozen_networks import Network, call, frozen
+from lightning_modules.attacks.frozen_networks import Network, call, frozen, takes_mask
 
 SHAPE_ONLY = (
     *("Alias", "AsStrided", "Cat", "Clamp", "Clone", "Expand", "Permute", "Reshape", "Select", "Slice", "Split"),
@@ -89,6 +89,9 @@ class Victim(nn.Module):
         network: ``(series) -> logits`` or ``(series, mask) -> logits``.
         preprocessing: ``(B, T, C) -> what the network takes``, differentiable; None for none.
         channels_first: Hand the network ``(B, C, T)``; the pre-processing still gets ``(B, T, C)``.
+
+    Raises:
+        ValueError: At a call, if series are padded and the network takes no mask.
     """
 
     def __init__(
@@ -109,6 +112,11 @@ class Victim(nn.Module):
         found = self._program[0] if self._program else self._network
         assert found is not None
         return found
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the network inside takes a mask."""
+        return takes_mask(self.network)
 
     def train(self, mode: bool = True) -> "Victim":
         """Nothing: a victim stays in evaluation mode."""
@@ -136,6 +144,7 @@ def load_victim(
     init_args: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
     program: str | Path | None = None,
+    trusted: bool = False,
     preprocessing: Callable[[Tensor], Tensor] | str | None = None,
     channels_first: bool = False,
     probe: Tensor | None = None,
@@ -148,19 +157,26 @@ def load_victim(
         weights: File of its ``state_dict``, or of a checkpoint with one under ``"state_dict"`` or ``"model"``; read
             with ``weights_only``, so that the file cannot run code.
         program: File of ``torch.export`` (``.pt2``) or of TorchScript (any other ending), in place of a class.
+        trusted: That the file of the program may run code, as a script may: torch unpickles parts of a ``.pt2`` and
+            evaluates expressions in it, and TorchScript is code. Weights of a class need no such trust.
         preprocessing: See :class:`Victim`; or the import path of such a function.
         channels_first: See :class:`Victim`.
         probe: ``(B, T, C) float`` series on which the outputs are checked for probabilities and for their shape.
 
     Raises:
-        ValueError: If neither or both of class and program are given, the class is not an ``nn.Module``, a file is
-            missing or cannot be read, the weights do not fit, or the outputs are not logits.
+        ValueError: If neither or both of class and program are given, a program is not trusted, the class is not an
+            ``nn.Module``, a file is missing or cannot be read, the weights do not fit, or the outputs are not logits.
     """
     if (class_path is None) == (program is None):
         raise ValueError(f"give either class_path or program, got {class_path!r} and {program!r}")
     if program is not None:
         if init_args or weights:
             raise ValueError("a program brings its arguments and weights: give init_args and weights with class_path")
+        if trusted is not True:
+            raise ValueError(
+                f"the file of a program can run code: give trusted: true if {program} comes from where you trust, got "
+                f"{trusted!r}; a class_path with weights needs no trust"
+            )
         network: nn.Module = _load_program(Path(program))
     else:
         assert class_path is not None

@@ -254,7 +254,7 @@ def panel(path: Path, found: Findings) -> None:
     resolvable = any(judge["thresholds"][_RATE]["false_alarms"] is not None for judge in judges.values())
     tiles: list[tuple[str, str, list[Any]]] = []
     for name, judge in judges.items():
-        role = "attacked" if judge["role"] == "attacked" else "held out"
+        role = judge["role"].replace("_", " ")
         title = f"{_short(name, 26)}\n{role}{'' if judge['valid'] else ', not valid'}"
         before = [attack["judges"][name] for attack in attacks.values()]
         values = [one["joint_success"][_RATE] if resolvable else [one["detection"][_RATE]] for one in before]

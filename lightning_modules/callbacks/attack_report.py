@@ -1,4 +1,4 @@
-"""The test report of concealed attacks: numbers, two tables, plain sentences and pictures."""
+"""The test report of concealed attacks: numbers, three tables, plain sentences and pictures."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 from lightning_modules.attacks.findings import Findings, findings
 from lightning_modules.attacks.study import AttackStudy
 from lightning_modules.callbacks import attack_pictures
-from lightning_modules.callbacks.attack_text import judges_table, sentences, table
+from lightning_modules.callbacks.attack_text import classifier_table, judges_table, sentences, table
 from lightning_modules.callbacks.study_report import StudyReport
 from lightning_modules.run_folder import write_whole
 
@@ -38,7 +38,7 @@ def write_report(folder: Path, study: AttackStudy, found: Findings) -> None:
     for name, (_, draw) in pictures.items():
         draw(folder / f"{name}.png")
     links = [f"![{caption}]({name}.png)" for name, (caption, _) in pictures.items()]
-    tables = [*table(found), "", *judges_table(found)]
+    tables = [*table(found), "", *classifier_table(found), "", *judges_table(found)]
     write_whole(folder / "report.md", "\n".join([*tables, "", *sentences(found), "", *links, ""]))
 
 

@@ -1,4 +1,4 @@
-"""The words of an attack report: two tables, and sentences that say what the intervals allow to say and no more."""
+"""The words of an attack report: three tables, and sentences that say what the intervals allow to say and no more."""
 
 from typing import Any
 
@@ -91,6 +91,37 @@ def table(found: Findings) -> list[str]:
     return lines
 
 
+def classifier_table(found: Findings) -> list[str]:
+    """The victim on clean series, then one row an attack: how it decides and ranks, and what the attack took."""
+    several = ", one-vs-rest" if len(found["class_names"]) > 2 else ""
+    lines = [
+        _row(
+            [
+                "victim on",
+                "accuracy",
+                "accuracy on those right when clean",
+                "decisions changed",
+                "F1",
+                f"ROC-AUC{several}",
+                f"PR-AUC{several}",
+                "bad gradients",
+                "zero gradients",
+                "ms a series",
+            ]
+        ),
+        "|---" * 10 + "|",
+    ]
+    ranks = ("f1", "roc_auc", "average_precision")
+    victim = found["victim"]
+    ranked = [_number(victim[measure]) for measure in ranks]
+    lines.append(_row(["clean series", _number(victim["accuracy"]), "", "", *ranked, "", "", ""]))
+    for name, attack in found["attacks"].items():
+        decided = [_number(attack[measure]) for measure in ("accuracy", "accuracy_on_correct", "fooling_rate", *ranks)]
+        shares = [_number(attack[f"{kind}_gradients"], ".1%") for kind in ("bad", "zero")]
+        lines.append(_row([name, *decided, *shares, f"{1000 * attack['seconds_per_series']:.3g}"]))
+    return lines
+
+
 def judges_table(found: Findings) -> list[str]:
     """One row a judge: what it is, whether it sees vanilla attacks, and how its thresholds hold on clean series."""
     alarms = [f"false alarms at {_percent(key(rate))}" for rate in FALSE_ALARMS]
@@ -128,7 +159,7 @@ def _invalid(judge: dict[str, Any]) -> str:
 def sentences(found: Findings) -> list[str]:
     """What the numbers allow to say, one paragraph each, with blank lines between."""
     said = [*_headline(found), *_pays(found), *_survives(found), *_caught(found), *_forms(found), *_degenerate(found)]
-    said += [*_unresolvable(found), *_alarms(found), *_victim(found), *_costs(found), *_flags(found)]
+    said += [*_unresolvable(found), *_alarms(found), *_victim(found), *_costs(found)]
     several = sum(judge["role"] == "attacked" for judge in found["judges"].values()) > 1
     rule = (
         "Several attacked detectors are pooled as published, the largest score of a clean and the smallest of an "
@@ -139,9 +170,9 @@ def sentences(found: Findings) -> list[str]:
     said.append(
         f"{rule if several else ''}{spent}Seed {found['seed']}. Intervals: bootstrap of series, {found['n_resamples']} "
         "resamples, the same for all attacks; they hold networks, thresholds and configurations fixed. Configurations "
-        "and iterations were chosen on validation by one rule for all attacks. The panel is the valid held-out judges; "
-        "of each, its worst is the judge that is worst for the attack. EFF counts clean errors, joint success only "
-        "series that were called rightly when clean."
+        "and iterations were chosen on validation by one rule for all attacks. The panel is the valid held-out judges, "
+        "without those that stand beside it; of each, its worst is the judge that is worst for the attack. EFF counts "
+        "clean errors, joint success only series that were called rightly when clean."
     )
     return [line for paragraph in said for line in (paragraph, "")][:-1]
 
@@ -363,15 +394,7 @@ def _costs(found: Findings) -> list[str]:
             f"- *{name}*: {settings} of {attack['n_steps']}, the best of {attack['n_configurations']} configurations; "
             f"fools {_number(attack['success_on_correct'], '.0%')} of those called rightly{flipped}; L2 "
             f"{_number(attack['norms']['l2_relative'], '.1%')} of the series, roughness times "
-            f"{_number(attack['roughness_ratio'])}, DTW {attack['dtw']['mean']:.3g}; "
-            f"{1000 * attack['seconds_per_series']:.3g} ms a series"
+            f"{_number(attack['roughness_ratio'])}, DTW {attack['dtw']['mean']:.3g}."
         )
-        for kind in ("bad", "zero"):
-            if attack[f"{kind}_gradients"]:
-                line += f"; {attack[f'{kind}_gradients']:.1%} {kind} gradients"
-        lines.append(f"{line}.")
+        lines.append(line)
     return ["Attacks:\n\n" + "\n".join(lines)]
-
-
-def _flags(found: Findings) -> list[str]:
-    return ["\n".join(["Flags:", "", *(f"- {flag}" for flag in found["flags"])])] if found["flags"] else []

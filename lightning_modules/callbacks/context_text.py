@@ -125,8 +125,6 @@ def report(found: Findings) -> list[str]:
         said += [f"## {name}: {target['description']}", "", *table(found, name), "", *_below(found, target), ""]
     said += ["## Where the context looked", "", _attention(found), ""]
     said += ["## The data", "", *_data(found)]
-    if found["flags"]:
-        said += ["", "## Flags", "", *(f"- {flag}" for flag in found["flags"])]
     return [*said, "", _closing(found)]
 
 

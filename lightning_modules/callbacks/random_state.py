@@ -14,9 +14,9 @@ class RandomState(Callback):
     """Carries the generators of Python, NumPy, torch and CUDA of every process as tensors and plain values.
 
     They are put back when training starts, after everything that a start itself may draw. A process that the
-    checkpoint does not know, or that starts afresh, draws from the seed of the run plus its rank: processes drop out
-    different units, and a single one draws as if this callback were not there. Checkpoints stay loadable with
-    ``weights_only=True``.
+    checkpoint does not know, or that starts afresh, draws from the seed of the run plus its rank, from all of them:
+    processes drop out different units, and the first draws as if this callback were not there. Checkpoints stay
+    loadable with ``weights_only=True``.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,14 @@ class RandomState(Callback):
         if rank() < len(restored):
             _restore(restored[rank()])
         elif rank() > 0:
-            torch.manual_seed(torch.initial_seed() + rank())
+            _seed(torch.initial_seed() + rank())
+
+
+def _seed(seed: int) -> None:
+    """Begin all streams that are kept anew."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  it takes 32 bits
+    torch.manual_seed(seed)  # CUDA's too
 
 
 def _generators() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.collectives import gather_objects
@@ -67,6 +67,11 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"ckpt_path: processes found different checkpoints: {', '.join(map(str, asked))}")
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"  # a collective
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_top_k == 1:
+                # A run killed after its best epoch was written and before last.ckpt writes that epoch once more: over
+                # the file, not beside it as best-v1.ckpt, which nobody would look for.
+                callback._enable_version_counter = False
         trainer.callbacks = [_EpochBoundary(self), *callbacks]  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,6 +215,7 @@ class EpochLines(Callback):
         self._seconds_before = 0.0
         self._start = self._epoch_start = 0.0
         self._folder: str | None = None
+        self._has_begun = False
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds spent in fit so far."""
@@ -225,10 +231,15 @@ class EpochLines(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and say where the results will lie."""
         self._start = self._epoch_start = time.perf_counter()
+        self._has_begun = False
         self._folder = _run_folder(trainer)
         if trainer.is_global_zero and self._folder:
             mark_running(Path(self._folder), running=True)
             print(f"seqlit: run folder {self._folder}", flush=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on the trainer knows how much was done, by an earlier sitting too."""
+        self._has_begun = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the epoch."""
@@ -264,5 +275,6 @@ class EpochLines(Callback):
         asked = {"max_epochs": -1 if trainer.max_epochs is None else trainer.max_epochs, "max_steps": trainer.max_steps}
         facts = {"seconds": self._elapsed(), **done, **asked, "finished": finished}
         facts["stopped_early"] = finished and is_less_than_asked(done, asked)
-        write_whole(Path(self._folder) / "fit.json", json.dumps(facts, indent=2) + "\n")
+        if finished or self._has_begun:  # a resumed run that is refused keeps what its last sitting wrote
+            write_whole(Path(self._folder) / "fit.json", json.dumps(facts, indent=2) + "\n")
         mark_running(Path(self._folder), running=False)

@@ -31,16 +31,18 @@ class Aggregator(nn.Module, ABC):
     """Context vectors ``b (Q, d_out)`` of queries from the rows that are visible to them.
 
     ``forward(query (Q, d), context)``: what is invisible has no influence, NaN included; a row that is not finite
-    spoils the queries that see it and no others. A query without any visible row gets ``empty_context (d_out,)``,
-    learned from 0. Computed in float32 (float64 where parameters or queries are) under autocast too, returned in the
-    dtype of the parameters.
+    spoils the queries that see it and no others. A query without any visible row gets ``empty_context (d,)``, a
+    parameter that begins at 0 and moves only where there is something else to train: mean, maximum, dot product and
+    fixed decay beside a frozen encoder and a plain concatenation are not trained, and keep it at 0. Computed in
+    float32 (float64 where parameters or queries are) under autocast too, returned in the dtype of the parameters.
 
     Args:
         d: Width of the states.
         median_gap: Days, the time unit of a decay; aggregators that have none take it from their factory and leave it.
 
     Attributes:
-        d_out: Width of the context vector.
+        empty_flag: Whether a last column is 1 for queries without any visible row, else 0; off until it is set, by
+            ``ContextRules.empty_flag``.
 
     Raises:
         ValueError: If ``d`` is below 1 or ``median_gap`` is no positive number.
@@ -52,8 +54,13 @@ class Aggregator(nn.Module, ABC):
             raise ValueError(f"median_gap must be a positive number of days, got {median_gap}")
         super().__init__()
         self.d = d
-        self.d_out = d
+        self.empty_flag = False
         self.empty_context = nn.Parameter(torch.zeros(d))
+
+    @property
+    def d_out(self) -> int:
+        """Width of the context vector."""
+        return self.d + self.empty_flag
 
     def forward(self, query: Tensor, context: Context) -> Tensor:
         """Context vectors ``(Q, d_out)``.
@@ -63,12 +70,16 @@ class Aggregator(nn.Module, ABC):
         """
         with torch.autocast(query.device.type, enabled=False):
             query, context, spoiled = self._prepared(query, context)
-            if not context.visible.shape[1]:
-                return self.empty_context.expand(len(query), -1)
-            found = self.aggregate(query, context)
             seen = context.visible.any(1, keepdim=True)
-            found = torch.where(seen, found, self.empty_context.to(found))
+            if not context.visible.shape[1]:
+                return self.or_empty(query.new_zeros(len(query), self.d), seen).to(self.empty_context.dtype)
+            found = self.or_empty(self.aggregate(query, context), seen)
             return found.masked_fill(spoiled, math.nan).to(self.empty_context.dtype)
+
+    def or_empty(self, found: Tensor, seen: Tensor) -> Tensor:
+        """``(Q, d_out)`` from ``(Q, d)`` that stands where anything is seen ``(Q, 1)``; the flag with it."""
+        found = torch.where(seen, found, self.empty_context.to(found))
+        return torch.cat([found, (~seen).to(found)], 1) if self.empty_flag else found
 
     def weights(self, query: Tensor, context: Context) -> Tensor | None:
         """Weight ``(Q, n)`` of each row in a query's context vector, 0 where invisible; None where rows have none.

@@ -11,8 +11,8 @@ name                       features                      what it stands for
 ``<aggregator>+time``      q, time, b                    context beside a calendar
 ``shuffled:<aggregator>``  q, b at another's moment      what any context of the same make does to a probe
 ``shuffled+time:<...>``    q, time, b at another's ...   the same beside a calendar
-``gaussian``               q, noise                      k more columns with the moments of b
-``constant``               q, one vector                 the mean of the context users at one fixed time
+``gaussian``               q, noise                      k more columns with the moments of the first aggregator's b
+``constant``               q, one vector                 mean b of the first aggregator over train queries
 ``wide``                   q of a wider encoder          as many columns without context
 ========================== ============================= =======================================================
 
@@ -191,7 +191,7 @@ def gaussian_like(b_train: Tensor, n: int, seed: int) -> Tensor:
 
 
 def constant_context(vector: Tensor, n: int) -> Tensor:
-    """One context vector ``(k,)``, such as the mean state of the context users at a fixed time, for ``n`` queries."""
+    """One context vector ``(k,)``, such as the mean of those of train queries, for ``n`` queries."""
     return vector.expand(n, -1)
 
 

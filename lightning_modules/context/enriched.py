@@ -44,7 +44,9 @@ class ContextRules:
         policy: ``"recent"`` or ``"random"``.
         drop_last_prefix: Leaves out the state after a user's last event, as the released code does.
         window: Each state is encoded from the last ``window`` events only; None from all.
-        before_first: Vector where nothing is visible: learned from 0, or random and fixed.
+        before_first: Vector where nothing is visible: ``"learned"`` begins at 0, where it stays if its branch has
+            nothing else to train (see ``Aggregator``); ``"random"`` is drawn and fixed.
+        empty_flag: Whether context vectors have one more column, 1 where nothing is visible.
         seed: Of the draws.
 
     Raises:
@@ -63,6 +65,7 @@ class ContextRules:
     drop_last_prefix: bool = False
     window: int | None = None
     before_first: Literal["learned", "random"] = "learned"
+    empty_flag: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -167,7 +170,10 @@ class Branch(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether there is anything to train but heads that nobody reads later."""
+        """Whether there is anything to train but heads that nobody reads later, and ``empty_context``.
+
+        Mean, maximum, attention and exponential decay have nothing beside a frozen encoder and ``Concat``.
+        """
         if self.encoder is not None:
             return True
         parts = [part for part in (self.aggregator, self.combination) if part is not None]
@@ -254,6 +260,8 @@ class EnrichedEncoder(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed((seed + crc32(name.encode())) % 2**63)
                 aggregator = None if factory is None else factory(d=encoder.d_model, median_gap=median_gap)
+                if aggregator is not None:
+                    aggregator.empty_flag = rules.empty_flag
                 if aggregator is not None and rules.before_first == "random":
                     nn.init.uniform_(aggregator.empty_context).requires_grad_(False)
                 self.branches[name] = Branch(
@@ -359,7 +367,7 @@ class EnrichedEncoder(nn.Module):
             found, counts = PrefixMoments.build(bank, features).lookup(features(query), times, users)
         else:
             found, counts = PrefixMean.build(bank).mean(times, users)
-        return torch.where((counts > 0).unsqueeze(1), found.to(query), aggregator.empty_context.to(query)).to(own)
+        return aggregator.or_empty(found.to(query), (counts > 0).unsqueeze(1)).to(own)
 
 
 def moments(batch: Mapping[str, Tensor]) -> Tensor:

@@ -49,8 +49,9 @@ class Evaluation:
         probe: Of targets that ``probes`` does not name; by default logistic regression.
         probes: By target.
         shuffled: Aggregators whose context is also read at shuffled moments; None for all.
-        gaussian: Whether noise with the moments of a context is an arm.
-        constant: Whether one fixed context vector is an arm.
+        gaussian: Whether noise with the mean and covariance of the first aggregator's context at train queries is an
+            arm.
+        constant: Whether the mean of these contexts, one vector for all queries, is an arm.
         explained: Aggregator that the report looks into; by default the first that has weights.
         supervised: Target whose validation queries give ``val/loss`` of a supervised objective: that of the sampler
             of training windows. None takes the only one.

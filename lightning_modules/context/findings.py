@@ -20,7 +20,7 @@ from lightning_modules.metrics.probe_metrics import bootstrap_scores, probe_scor
 from lightning_modules.portfolio.findings import plain
 
 FEWEST_POSITIVES = 50
-"""Test queries outside the commonest class below which a target is called underpowered."""
+"""Test queries of the rarest class, of two or of several, below which a target is called underpowered."""
 
 WORDS: dict[Measure, str] = {
     "roc_auc": "ROC-AUC",
@@ -101,9 +101,10 @@ def findings(
         and for context arms ``gains`` over own, own + time and shuffled arms (by control and measure: value, low, high)
         and ``judged``: ``control``, ``gain``, ``standard_error``, ``p``, ``adjusted_p``, ``adjusted_interval``,
         ``helps`` (None where a control is missing); ``chosen`` on validation; ``helps``; ``verdict``;
-        ``n_positives``, ``underpowered`` and ``smallest_detectable``, 1.96 standard errors of the judged gain of the
-        chosen arm; ``by_history`` and ``by_recency``, gains of the chosen arm in quartiles. ``attention``, ``bank``,
-        ``flags`` and the settings.
+        ``n_positives``, queries outside the commonest class; ``n_rarest``, those of the rarest class, and
+        ``underpowered``, whether they are too few; ``smallest_detectable``, 1.96 standard errors of the judged gain of
+        the chosen arm; ``by_history`` and ``by_recency``, gains of the chosen arm in quartiles. ``attention``, ``bank``
+        and the settings.
 
     Raises:
         ValueError: If a target has no arm ``own`` or no test query, ``measure`` is unknown, ``n_resamples`` is below 1
@@ -136,7 +137,6 @@ def findings(
             "n_comparisons": len(judged),
             "attention": _attention(study),
             "bank": study.bank,
-            "flags": study.flags,
             "n_resamples": n_resamples,
             "level": level,
             "seed": study.seed,
@@ -177,7 +177,7 @@ def _target(target: TargetStudy, n_resamples: int, level: float, measure: Measur
         }
     chosen = target.chosen(measure)
     counts = np.bincount(target.labels.numpy(), minlength=target.n_classes)
-    n_positives = int(counts.sum() - counts.max())
+    n_positives, n_rarest = int(counts.sum() - counts.max()), int(counts.min())
     smallest: float | None = None
     quartiles: dict[str, list[dict[str, Any]]] = {"by_history": [], "by_recency": []}
     if chosen:
@@ -195,7 +195,8 @@ def _target(target: TargetStudy, n_resamples: int, level: float, measure: Measur
         "n_queries": len(target.labels),
         "n_users": len(np.unique(arms.users)),
         "n_positives": n_positives,
-        "underpowered": n_positives < FEWEST_POSITIVES,
+        "n_rarest": n_rarest,
+        "underpowered": n_rarest < FEWEST_POSITIVES,
         "smallest_detectable": smallest,
         "chosen": chosen,
         "arms": rows,
@@ -277,7 +278,8 @@ def _verdict(found: Mapping[str, Any], measure: Measure) -> str:
         text += f"; over own history alone it is {_amount(over_own, measure)}"
     if found["underpowered"]:
         smallest = found["smallest_detectable"]
-        text += f". Underpowered: {found['n_positives']} positives, differences below {smallest:.4f} cannot be seen"
+        few = f"{found['n_rarest']} {'positives' if found['n_classes'] == 2 else 'queries of the rarest class'}"
+        text += f". Underpowered: {few}, differences below {smallest:.4f} cannot be seen"
     if found["outcome_dependent"]:
         text += ". The time of a query depends on its label: no forecast"
     return text + "."

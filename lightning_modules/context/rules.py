@@ -1,5 +1,8 @@
 """Rules of what a query may see among the states that exist at its moment.
 
+They know moments and users alone. The k states that matter most to a query are a matter of its own state, and so of
+the aggregator's argument ``top_k``; a policy here could not tell them.
+
 Q queries, n rows a query or n rows shared by all, times in microseconds. Source: spec of arXiv 2502.10205,
 section 3.2.
 """

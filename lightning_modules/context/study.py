@@ -168,8 +168,7 @@ class ContextStudy:
         user_ids: Original ids by row.
         attention: Of one aggregator on the test queries of the first target; None where it has no weights.
         embeddings: Of one aggregator.
-        bank: Plain facts of the context: users, rows, drift.
-        flags: What went other than asked for.
+        bank: Plain facts of the context: users, states, rules of what is visible.
         seed: Of the run.
     """
 
@@ -179,5 +178,4 @@ class ContextStudy:
     attention: AttentionDiagnostics | None = None
     embeddings: EmbeddingSample | None = None
     bank: dict[str, Any] = field(default_factory=dict)
-    flags: tuple[str, ...] = ()
     seed: int = 0

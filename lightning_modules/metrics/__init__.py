@@ -1,8 +1,19 @@
 """Metrics as pure functions and as ``torchmetrics`` classes: of rankings, and of concealed attacks.
 
-Rankings have bootstrap intervals over users; the functions of attacks are in ``attack_functional``.
+Rankings have bootstrap intervals over users; the functions of attacks are in ``attack_functional`` and
+``attack_classifier_functional``.
 """
 
+from lightning_modules.metrics.attack_classifier_metrics import (
+    AccuracyOnCorrect,
+    BadGradientRate,
+    ClassifierAccuracy,
+    ClassifierAUC,
+    ClassifierAveragePrecision,
+    ClassifierF1,
+    SecondsPerSeries,
+    ZeroGradientRate,
+)
 from lightning_modules.metrics.attack_metrics import (
     AttackSuccessRate,
     Concealability,
@@ -44,7 +55,13 @@ __all__ = [
     "MAP",
     "MRR",
     "NDCG",
+    "AccuracyOnCorrect",
     "AttackSuccessRate",
+    "BadGradientRate",
+    "ClassifierAUC",
+    "ClassifierAccuracy",
+    "ClassifierAveragePrecision",
+    "ClassifierF1",
     "Concealability",
     "Coverage",
     "DetectionRate",
@@ -63,9 +80,11 @@ __all__ = [
     "Precision",
     "Recall",
     "RoughnessRatio",
+    "SecondsPerSeries",
     "StepsToFlip",
     "SuccessF",
     "Surprisal",
+    "ZeroGradientRate",
     "mean_interval",
     "mean_intervals",
     "paired_bootstrap",

@@ -3,7 +3,7 @@
 n series of a batch, K classes, M detectors. What is a mean or a count is held as float64 or int64 sums; what depends
 on the order of all scores (AUC, detection rates) keeps the scores. Each class computes what the function of the same
 name in :mod:`lightning_modules.metrics.attack_functional` says on all series at once; without any series it is NaN.
-The classifier's ACC, ROC, PR and F1 on adversarial series are torchmetrics' own.
+How the classifier ranks and what an attack costs is in :mod:`lightning_modules.metrics.attack_classifier_metrics`.
 
 State names carry the metric and its options: ``MetricCollection`` merges metrics whose states have equal names and
 equal values after the first batch.
@@ -24,7 +24,12 @@ COUNTS = ("true_positives", "false_positives", "false_negatives")
 """Order of :func:`lightning_modules.metrics.attack_functional.class_counts`."""
 
 
-def _check_same(predicted: Tensor, **others: Tensor) -> None:
+def check_same(predicted: Tensor, **others: Tensor) -> None:
+    """Refuse what does not hold the same series as the decisions.
+
+    Raises:
+        ValueError: If ``predicted`` is not ``(n,)`` or another tensor has a different shape.
+    """
     for name, values in others.items():
         if predicted.ndim != 1 or values.shape != predicted.shape:
             raise ValueError(
@@ -33,7 +38,7 @@ def _check_same(predicted: Tensor, **others: Tensor) -> None:
             )
 
 
-class _AttackMetric(Metric):
+class AttackMetric(Metric):
     """The states that the metrics below are made of: exact counts, float64 sums, kept scores."""
 
     is_differentiable = False
@@ -59,7 +64,7 @@ class _AttackMetric(Metric):
             self._add(f"classifier_{kind}", n_classes)
 
     def _count_classes(self, predicted: Tensor, labels: Tensor) -> None:
-        _check_same(predicted, labels=labels)
+        check_same(predicted, labels=labels)
         counts = functional.class_counts(predicted, labels, self.n_classes)
         for kind, count in zip(COUNTS, counts, strict=True):
             self._increase(f"classifier_{kind}", count)
@@ -88,7 +93,7 @@ class _AttackMetric(Metric):
         return clean, adversarial
 
 
-class Effectiveness(_AttackMetric):
+class Effectiveness(AttackMetric):
     """EFF ``= 1 - F1`` of the classifier on adversarial series; macro-F1 for K > 2.
 
     Args:
@@ -115,7 +120,7 @@ class Effectiveness(_AttackMetric):
         return self._effectiveness()
 
 
-class _OfScores(_AttackMetric):
+class _OfScores(AttackMetric):
     """Anything computed from all clean and all adversarial scores of one detector."""
 
     def __init__(self) -> None:
@@ -220,7 +225,7 @@ class Concealability(_OfScores):
         return functional.concealability(*self._scores(), self.form, self.threshold)
 
 
-class SuccessF(_AttackMetric):
+class SuccessF(AttackMetric):
     """Success ``F = 2 EFF CONC / (EFF + CONC)``.
 
     Args:
@@ -261,7 +266,7 @@ class SuccessF(_AttackMetric):
         return functional.success_f(self._effectiveness(), concealed)
 
 
-class HiddenProbability(_AttackMetric):
+class HiddenProbability(AttackMetric):
     """PROB_HID ``= max_j mean_i D_j(x_adv,i)`` over M detectors.
 
     Args:
@@ -301,7 +306,7 @@ class HiddenProbability(_AttackMetric):
         return (self.hidden_sum / self.hidden_n_series).amax()
 
 
-class _Share(_AttackMetric):
+class CountedShare(AttackMetric):
     """Hits among the series that count; subclasses name the states."""
 
     name: str
@@ -317,7 +322,7 @@ class _Share(_AttackMetric):
         return getattr(self, self._hits).double() / getattr(self, self._among)
 
 
-class FoolingRate(_Share):
+class FoolingRate(CountedShare):
     """``1 - ACC_ORIG_ADV``: share of series whose decision the attack changes, right or wrong."""
 
     name = "fooling_rate"
@@ -328,12 +333,12 @@ class FoolingRate(_Share):
         Raises:
             ValueError: If the shapes differ.
         """
-        _check_same(clean_predicted, adversarial_predicted=adversarial_predicted)
+        check_same(clean_predicted, adversarial_predicted=adversarial_predicted)
         self._increase(self._hits, (clean_predicted != adversarial_predicted).sum())
         self._increase(self._among, len(clean_predicted))
 
 
-class AttackSuccessRate(_Share):
+class AttackSuccessRate(CountedShare):
     """Share of series called wrongly when attacked among those called rightly when clean; ``1 - ACC_CORRECT``."""
 
     name = "attack_success"
@@ -352,13 +357,13 @@ class AttackSuccessRate(_Share):
         Raises:
             ValueError: If the shapes differ.
         """
-        _check_same(clean_predicted, adversarial_predicted=adversarial_predicted, labels=labels)
+        check_same(clean_predicted, adversarial_predicted=adversarial_predicted, labels=labels)
         broken = functional.fooled(clean_predicted, adversarial_predicted, labels, targets)
         self._increase(self._hits, broken.sum())
         self._increase(self._among, (clean_predicted == labels).sum())
 
 
-class JointSuccess(_Share):
+class JointSuccess(CountedShare):
     """Share of (fooled AND not flagged) among the series called rightly when clean."""
 
     name = "joint_success"
@@ -376,13 +381,13 @@ class JointSuccess(_Share):
         Raises:
             ValueError: If the shapes differ.
         """
-        _check_same(clean_predicted, adversarial_predicted=adversarial_predicted, labels=labels, flagged=flagged)
+        check_same(clean_predicted, adversarial_predicted=adversarial_predicted, labels=labels, flagged=flagged)
         broken = functional.fooled(clean_predicted, adversarial_predicted, labels, targets)
         self._increase(self._hits, (broken & ~flagged).sum())
         self._increase(self._among, (clean_predicted == labels).sum())
 
 
-class _MeanOverSeries(_AttackMetric):
+class _MeanOverSeries(AttackMetric):
     """Mean of one number a series, left out where it is NaN; subclasses name the states."""
 
     higher_is_better = False
@@ -471,7 +476,7 @@ class StepsToFlip(_MeanOverSeries):
         self._add_values(torch.where(steps > 0, steps.double(), torch.nan))
 
 
-class RoughnessRatio(_AttackMetric):
+class RoughnessRatio(AttackMetric):
     """ROUGHNESS_NORM: mean roughness of attacked series over mean roughness of the clean ones."""
 
     higher_is_better = False

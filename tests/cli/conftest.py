@@ -113,6 +113,7 @@ class Toys:
         arguments = settings["model"]["init_args"]
         arguments |= {"encoder_epochs": 1, "aggregator_epochs": 1}
         arguments["encoder"]["init_args"] |= {"d_model": 8, "d_embedding": 4}
+        arguments["wide_encoder"]["init_args"] |= {"d_model": 16, "d_embedding": 4}
         probe = {"strengths": [0.1], "max_iterations": 5}
         arguments["evaluation"] |= {
             "probe": {"class_path": "lightning_modules.context.LogisticProbe", "init_args": probe}

@@ -92,7 +92,7 @@ def test_variable_length_and_channels_from_a_folder(seqlit, config, tmp_path):
         (["--model.init_args.n_folds", "1"], "n_folds must be 0 or at least 2, got 1"),
         (["--data.init_args.name", "FordA"], "FordA"),
         (["--model.init_args.predict_attack", "other"], "predict_attack must be one of"),
-        (["--model.init_args.victim", "{program: none.pt2}"], "none.pt2"),
+        (["--model.init_args.victim", "{program: none.pt2, trusted: true}"], "there is no file none.pt2"),
     ],
 )
 def test_wrong_settings_end_in_one_line(seqlit, config, tmp_path, overrides, message):

@@ -50,20 +50,23 @@ def config(project, tmp_path, table):
         arguments = settings["model"]["init_args"]
         arguments |= {"encoder_epochs": 2, "aggregator_epochs": 1, **model}
         arguments["encoder"]["init_args"] |= {"d_model": 8, "d_embedding": 4}
+        if arguments.get("wide_encoder"):
+            arguments["wide_encoder"]["init_args"] |= {"d_model": 16, "d_embedding": 4}
         arguments["evaluation"] = {"probe": QUICK} | arguments.get("evaluation", {})
         given = settings["data"]["init_args"]
         for gone in ("derived", "where", "duplicates"):
             given.pop(gone, None)
-        target = given["targets"]["silent"]
-        target["init_args"] |= {"days": 3}
-        target["init_args"]["rule"]["init_args"]["every_days"] = 6
+        asked = {"silent": given["targets"]["silent"]} if "silent" in given["targets"] else given["targets"]
+        if "silent" in asked:
+            asked["silent"]["init_args"] |= {"days": 3}
+            asked["silent"]["init_args"]["rule"]["init_args"]["every_days"] = 6
         given |= {
             "paths": str(table),
             "user_column": "customer",
             "time_column": "when",
             "categorical": ["code"],
             "numeric": ["amount"],
-            "targets": {"silent": target},
+            "targets": asked,
             "validation_fraction": 0.25,
             "test_fraction": 0.25,
             "batch_size": 8,
@@ -93,7 +96,9 @@ def test_fit_test_predict_audit_and_predict_in_a_fresh_process(seqlit, config, t
     run = tmp_path / "runs" / "kernel_attention" / "version_0"
     report = json.loads((run / "report" / "metrics.json").read_text())
     assert "NaN" not in json.dumps(report)
-    assert (run / "report" / "report.md").stat().st_size > 0
+    assert {"own", "own+time", "wide", "gaussian", "constant"} < set(report["targets"]["silent"]["arms"])
+    told = (run / "report" / "report.md").read_text()
+    assert "Controls that were not run: none." in told
     header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss", "val/loss", "val/kernel/loss", "val/linear_kernel/loss"} <= set(header)
     frame = pl.read_parquet(run / "embeddings.parquet")
@@ -156,9 +161,18 @@ def test_a_fit_goes_on_where_it_was_broken_off(seqlit, config, tmp_path, monkeyp
 
 
 def test_the_published_preset(seqlit, config, tmp_path):
-    """It runs as it is but for its size; what it does is told by an audit."""
+    """It runs as it is but for its size and precision; what it does is told by an audit and in the report."""
+    pytest.importorskip("lightgbm", reason="boosted probes need the extra `events`")
     path = config("published")
     settings = yaml.safe_load(path.read_text())
+    settings["trainer"]["precision"] = "32-true"
+    asked = settings["data"]["init_args"]["targets"]
+    asked["left"]["init_args"]["days"] = 2
+    asked["final_month"]["init_args"] |= {"days": 10, "silent_days": 2}
+    for name in ("final_month", "next_code"):
+        asked[name]["init_args"]["rule"]["init_args"] = {"first": 3, "step": 2}
+    asked["next_code"]["init_args"] |= {"column": "code", "top": 4}
+    settings["model"]["init_args"]["evaluation"]["probes"]["left"]["init_args"]["n_trees"] = 5
     settings["data"]["init_args"] |= {"split": "time", "validation_start": "2020-02-01", "test_start": "2020-02-12"}
     path.write_text(yaml.safe_dump(settings))
     for command in ("fit", "test"):
@@ -171,6 +185,13 @@ def test_the_published_preset(seqlit, config, tmp_path):
     assert rules["ties"] == "inclusive"
     assert rules["exclude_self"] is False
     assert rules["max_context"] == 500
+    targets = json.loads((run / "report" / "metrics.json").read_text())["targets"]
+    assert {name: (one["scope"], one["probe"]) for name, one in targets.items()} == {
+        "left": ("global", "LightGBMProbe"),
+        "final_month": ("local", "LinearProbe"),
+        "next_code": ("next", "LinearProbe"),
+    }
+    assert [name for name, one in targets.items() if one["outcome_dependent"]] == ["left", "final_month"]
     status, out, _ = seqlit("audit", "--config", path, "--n-cuts", "2")
     assert status == 1
     assert "leak" in out
@@ -185,6 +206,7 @@ def test_the_bundled_set_with_the_shipped_config_cut_down(seqlit, project):
         *("--trainer.max_epochs", 2, "--trainer.accelerator", "cpu"),
         *("--model.init_args.encoder_epochs", 1, "--model.init_args.aggregator_epochs", 1),
         *("--model.init_args.encoder.init_args.d_model", 8, "--model.init_args.context.n_users", 20),
+        *("--model.init_args.wide_encoder.init_args.d_model", 16),
         *("--model.init_args.max_context_queries", 200, "--model.init_args.evaluation.max_validation_users", 20),
         *("--data.init_args.where+", "customer_id < 12500"),
     )
@@ -209,7 +231,17 @@ def test_the_bundled_set_with_the_shipped_config_cut_down(seqlit, project):
         (["--model.init_args.context.n_users", "0"], "context.n_users must be at least 1, or null for no limit, got 0"),
         (["--model.init_args.context.exclude_group", "true"], "context.exclude_group needs events with groups"),
         (["--trainer.limit_val_batches", "0"], "banks are built from the events of validation"),
-        (["--model.init_args.encoder_weights", "no.ckpt", "--model.init_args.encoder_epochs", "0"], "no.ckpt"),
+        (
+            ["--model.init_args.encoder_weights", "no.ckpt", "--model.init_args.encoder_epochs", "0"],
+            "wide_encoder is trained beside the encoder and needs encoder_epochs, got 0; null leaves it out",
+        ),
+        (
+            [
+                *("--model.init_args.encoder_weights", "no.ckpt", "--model.init_args.encoder_epochs", "0"),
+                *("--model.init_args.wide_encoder", "null"),
+            ],
+            "no.ckpt",
+        ),
         (["--data.init_args.validation_fraction", "0"], "target 'silent' needs queries in each fold"),
     ],
 )

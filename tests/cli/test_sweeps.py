@@ -20,9 +20,16 @@ from datamodules.synthetic_events import regime
 from datamodules.synthetic_market import synthetic_market
 from datamodules.synthetic_series import synthetic_series
 from lightning_modules.callbacks import EpochLines
+from lightning_modules.callbacks.wandb_run import numbers as plain_numbers
 
 wandb = pytest.importorskip("wandb", reason="wandb is an extra")
 METHODS = ("sasrec_cce", "concealed_attack", "kernel_attention", "tda_portfolio")
+# Those whose sweep ends runs early: where their runs lie, and what has them take long.
+RUNS_OF = {"sasrec_cce": "runs/sasrec_cce", "kernel_attention": "runs/kernel_attention"}
+LONG = {
+    "sasrec_cce": ["--trainer.max_epochs=200"],
+    "kernel_attention": ["--trainer.max_epochs=200", "--model.init_args.aggregator_epochs=199"],
+}
 _BLOCK, _HEADER = 32768, 7
 
 
@@ -337,6 +344,52 @@ def test_fit_stop_resume_and_test_are_one_run_of_wandb(seqlit, toys, project, mo
     assert len(list(run.glob("wandb/offline-run-*"))) == 3, "predict sends nothing"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_config_metrics_and_report_of_each_method_reach_its_run(seqlit, toys, project, tmp_path, method):
+    if method == "tda_portfolio":
+        pytest.importorskip("gudhi", reason="diagrams need seqlit[tda]")
+    sweep = toys(method)
+    (config,) = [word for word in sweep["command"] if word.endswith(".yaml")]
+    values = [f"--{key}={value}" for key, value in drawn(sweep["parameters"], seed=1).items()]
+    both = ("--config", config, "--config", project / "configs/trainer/wandb.yaml", *values)
+    status, _, err = seqlit("fit", *both)
+    assert status == 0, err
+    (run,) = tmp_path.glob("runs/*/version_0")
+    (first,) = run.glob("wandb/offline-run-*")
+    found = records(first)
+    name = sweep["metric"]["name"]
+    with (run / "metrics.csv").open(newline="") as file:
+        logged = [float(row[name]) for row in csv.DictReader(file) if row[name]]
+    assert history(found)[name] == pytest.approx(logged, rel=1e-6)  # the CSV holds float32 as decimals
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    known = config_of(found)
+    for part in ("model", "data"):
+        assert known[part]["class_path"] == resolved[part]["class_path"]
+        assert known[part]["init_args"].keys() == resolved[part]["init_args"].keys()
+
+    status, _, err = seqlit("test", *both)
+    assert status == 0, err
+    (second,) = set(run.glob("wandb/offline-run-*")) - {first}
+    found = records(second)
+    sent = history(found)
+    report = run / "report"
+    pictures = {f"report/{path.stem}" for path in report.glob("*.png")}
+    assert pictures
+    assert pictures <= sent.keys()
+    assert all(sent[picture][0]["_type"] == "image-file" for picture in pictures)
+    tables = [one for key, (one, *_) in sent.items() if key.startswith("report/") and key not in pictures]
+    assert tables
+    assert all(one["_type"] == "table-file" and one["nrows"] > 0 for one in tables)
+    numbers = dict(plain_numbers(json.loads((report / "metrics.json").read_text())))
+    arrived = {key: value for key, value in summary(found).items() if key.startswith("test/")}
+    known = {key: value for key, value in arrived.items() if key.removeprefix("test/") in numbers}
+    assert known == {key: numbers[key.removeprefix("test/")] for key in known}
+    assert len(known) == len(numbers)
+    assert artifacts(found)["report"] == {path.relative_to(report).as_posix() for path in report.rglob("*.*")}
+    assert exits(found) == [0]
+
+
 def test_a_failure_is_marked_as_one(seqlit, toys, project, monkeypatch, tmp_path):
     toys("sasrec_cce")
 
@@ -367,14 +420,14 @@ def test_a_run_logger_among_others_is_found(seqlit, toys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_ended_by_its_agent(toys, agent, tmp_path):
-    sweep = toys("sasrec_cce")
+@pytest.mark.parametrize("method", RUNS_OF)
+def test_a_process_ended_by_its_agent(toys, agent, tmp_path, method):
+    sweep = toys(method)
+    assert "early_terminate" in sweep
     command, environment = agent(sweep, drawn(sweep["parameters"], seed=2))
     entry = [sys.executable, "-c", "from lightning_modules.cli import main; main()"]
-    process = subprocess.Popen(
-        [*entry, *command[1:], "--trainer.max_epochs=200"], env=os.environ | environment, cwd=tmp_path
-    )
-    metrics = tmp_path / "runs/sasrec_cce/version_0/metrics.csv"
+    process = subprocess.Popen([*entry, *command[1:], *LONG[method]], env=os.environ | environment, cwd=tmp_path)
+    metrics = tmp_path / RUNS_OF[method] / "version_0/metrics.csv"
     try:
         while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > 3):
             time.sleep(0.2)

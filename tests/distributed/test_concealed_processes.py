@@ -169,6 +169,17 @@ def trained(world, folder):
     }
 
 
+def trained_on_thirteen(world, folder):
+    """In global batches of 12: all processes but one have nothing in the second of an epoch."""
+    seed_everything(9, verbose=False)
+    net, rows = attacker(lstm, classifier_epochs=1), []
+    watch = Callback()
+    watch.on_train_batch_start = lambda *arguments: rows.append(int((arguments[2]["labels"] >= 0).sum()))
+    run = trainer(world, max_epochs=4, precision="64-true", callbacks=[watch])
+    run.fit(net, series(folder, batch_size=12 // world, eval_batch_size=4))
+    return net.state_dict(), rows, {key: float(value) for key, value in run.callback_metrics.items()}
+
+
 def both(world, folder):
     return {"evaluated": evaluated(world, folder), "trained": trained(world, folder) if world < 3 else None}
 
@@ -223,3 +234,14 @@ def test_processes_together_equal_one(in_processes, alone, world):
         if world == 2:
             # float64, but for the float32 factor that weighs each process' loss: 1e-7 a step, twenty steps
             assert_close(found["trained"], wanted["trained"], 1e-5, f"training of process {number}")
+
+
+def test_processes_without_a_series_in_a_batch_train_as_one(in_processes, tmp_path):
+    synthetic_series(15, 9, n_steps=16, rule="bump", noise=0.5, seed=3).write(tmp_path, "Toy", ".tsv")
+    weights, rows, logged = trained_on_thirteen(1, tmp_path)
+    assert rows == [12, 1] * 4
+    for number, found in enumerate(in_processes(3, __file__, "trained_on_thirteen", 3, tmp_path)):
+        assert found[1] == [4, 1 if number == 0 else 0] * 4, "the others have rows that stand for none"
+        # float64, but for the float32 factor that weighs each process' loss: 6e-8 a step, eight steps
+        assert_close(found[0], weights, 1e-6, f"weights of process {number}")
+        assert_close(found[2], logged, 1e-6, f"logged by process {number}")

@@ -40,7 +40,7 @@ def model(lr, loss=None, **changes):
     return SASRecCCE(**settings | changes, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr))
 
 
-def shop(folder, recommend_seen):
+def shop(folder, recommend_seen, world):
     return InteractionsDataModule(
         paths=str(folder / "chain.parquet"),
         user_column="user_id",
@@ -54,7 +54,7 @@ def shop(folder, recommend_seen):
         max_length=T,
         batch_size=5,
         eval_batch_size=4,
-        cache_dir=str(folder / "cache"),
+        cache_dir=str(folder / f"cache of {world}"),
     )
 
 
@@ -64,14 +64,19 @@ def whole_run(world, folder, recommend_seen):
     replace = os.replace
 
     def counted(draft, path):
-        if "chain" not in str(path) and "cache" not in str(path):
+        if Path(draft).is_dir():
+            written.append("folder of the cache")
+        elif "cache" not in str(path):  # what is remembered of files' contents may be written by all
             written.append(Path(path).name)
         replace(draft, path)
 
     os.replace = counted
     try:
         out = folder / f"{world} {recommend_seen}"
-        data, net = shop(folder, recommend_seen), model(0.0, recommend_seen=recommend_seen, repeat_mode=recommend_seen)
+        data, net = (
+            shop(folder, recommend_seen, world),
+            model(0.0, recommend_seen=recommend_seen, repeat_mode=recommend_seen),
+        )
         callbacks = [RecommendationWriter(), *([RankingReport(cutoff=7, n_resamples=20)] if recommend_seen else [])]
         run = trainer(world, callbacks=callbacks, default_root_dir=str(out))
         run.fit(net, datamodule=data)

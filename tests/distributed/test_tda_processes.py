@@ -21,6 +21,8 @@ from lightning_modules.networks import LSTMAutoencoder
 from lightning_modules.portfolio.clusterers import KMeansClusters, WardClusters
 from lightning_modules.portfolio.representations import PrincipalComponents
 from lightning_modules.portfolio.weighting import EqualWeight
+from lightning_modules.topology import TopologicalRepresentation, diagrams
+from lightning_modules.topology.vectorisers import BettiCurve
 
 JOINED = 66  # windows in a step, over all processes
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*smaller than the logging")
@@ -111,6 +113,67 @@ def run(world, files, folder):
         gather_objects(None)  # the first process has written
         found[name, "files"] = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file())
     return found
+
+
+class Counting(BettiCurve):
+    """Curves; says how often they were asked for."""
+
+    n_fits = n_transforms = 0
+
+    def fit(self, X, y=None):
+        Counting.n_fits += 1
+        return super().fit(X, y)
+
+    def transform(self, X):
+        Counting.n_transforms += 1
+        return super().transform(X)
+
+
+def topological(world, files, folder):
+    """Fit and predict with diagrams; how often this process computed them and curves, and what it holds in the end."""
+    compute, computed = diagrams._computed, []
+
+    def counted(clouds, *rest, **options):
+        computed.append(len(clouds))
+        return compute(clouds, *rest, **options)
+
+    diagrams._computed = counted
+    Counting.n_fits = Counting.n_transforms = 0
+    network = TopologicalRepresentation(
+        dimension=2,
+        delay=1,
+        stride=10,
+        vectoriser=Counting(n_bins=5),
+        backend="gudhi",
+        cache_dir=str(Path(folder) / f"of {world}"),
+    )
+    module = TDAPortfolioClusterer(
+        representation=network, clusterers=[WardClusters(n_clusters=3)], weighting=EqualWeight(), n_random=0
+    )
+    data = data_of(files, world)
+    trainer = trainer_of(world, folder, max_epochs=1)
+    trainer.fit(module, data)
+    scores = plain(trainer.callback_metrics)
+    trainer.predict(module, data)
+    diagrams._computed = compute
+    return {
+        "counts": [computed, Counting.n_fits, Counting.n_transforms],
+        "scores": scores,
+        "fitted": module.fitted,
+    }
+
+
+def test_diagrams_are_computed_in_one_process_alone(in_processes, files, tmp_path):
+    pytest.importorskip("gudhi", reason="diagrams need seqlit[tda]")
+    wanted = topological(1, files, str(tmp_path))
+    assert wanted["counts"][0], "no diagram was counted"
+    assert min(wanted["counts"][1:]) > 0, "no curve was counted"
+    for number, found in enumerate(in_processes(2, __file__, "topological", 2, files, str(tmp_path))):
+        assert found["counts"] == (wanted["counts"] if number == 0 else [[], 0, 0])
+        assert found["scores"] == wanted["scores"]
+        assert found["fitted"]["tickers"] == wanted["fitted"]["tickers"]
+        for part in ("rows", "labels"):
+            assert torch.equal(found["fitted"][part], wanted["fitted"][part])
 
 
 def refused(world, files, folder):

@@ -74,9 +74,9 @@ def assert_same():
 
 @pytest.fixture(scope="session")
 def event_data():
-    """``event_data(folder, batch_size)``: a data module of the synthetic events that were written to a folder."""
+    """``event_data(folder, batch_size, **changes)``: a data module of the synthetic events written to a folder."""
 
-    def made(folder, batch_size):
+    def made(folder, batch_size, **changes):
         return EventSequencesDataModule(
             paths=str(folder / "events.parquet"),
             user_column="user",
@@ -89,6 +89,7 @@ def event_data():
             targets={"silent": NoEventWithin(rule=CalendarDates(every_days=6), days=3)},
             batch_size=batch_size,
             cache_dir=str(folder / "cache"),
+            **changes,
         )
 
     return made

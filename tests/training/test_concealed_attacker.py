@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
@@ -15,6 +16,7 @@ from lightning_modules.attacks import AdamStep, Attack, Linf, Momentum, PGDStep,
 from lightning_modules.attacks.discriminators import AttackPlan, DiscriminatorPlan, TrainingAttack
 from lightning_modules.attacks.findings import findings, trained_auc
 from lightning_modules.attacks.thresholds import conformal_threshold
+from lightning_modules.callbacks.adversarial_writer import series_frame
 from lightning_modules.networks import LSTM, ResCNN
 
 IFGSM = Attack(Vanilla(), SignStep(), n_steps=5)
@@ -494,6 +496,117 @@ def test_rounds_attack_the_discriminators_as_they_are_when_a_round_begins(folder
                     assert torch.equal(value, begun[name]), f"{name} is not that of the round's beginning"
 
 
+class Rates(Callback):
+    """Learning rates of all optimisers as each epoch begins."""
+
+    def __init__(self):
+        self.kept = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.kept.append([optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers])
+
+
+def test_schedules_step_after_each_epoch_of_their_network_and_do_not_begin_anew_at_a_level(folder):
+    """Classifier for 2 epochs; a and its copies for 2 levels of 1 epoch, h and its for 2 levels of 2."""
+    plan = {"start": 0.3, "n_levels": 2}
+    plans = [
+        DiscriminatorPlan(
+            name="a", network=network, attack=IFGSM, training_attacks="ifgsm", epochs_per_level=1, seed=1, **plan
+        ),
+        DiscriminatorPlan(
+            name="h",
+            role="held_out",
+            network=small_lstm,
+            attack=PGD,
+            training_attacks="pgd",
+            epochs_per_level=2,
+            seed=2,
+            **plan,
+        ),
+    ]
+    rates, halved = Rates(), lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    _, _, trainer, _ = fitted(
+        folder,
+        discriminators=plans,
+        classifier_epochs=2,
+        fitted_judges=False,
+        callbacks=[rates],
+        classifier_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1),
+        discriminator_scheduler=halved,
+    )
+    assert trainer.num_training_batches == 3, "several steps an epoch, one of the schedule"
+    rates.kept.append([optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers])
+    classifier = [0, 1, 2, 2, 2, 2, 2]  # epochs done
+    short, long = [0, 0, 0, 1, 2, 2, 2], [0, 0, 0, 1, 2, 3, 4]
+    for found, first, *others in zip(rates.kept, classifier, *[short] * 3, *[long] * 3, strict=True):
+        # products of the same factors
+        assert found == pytest.approx([1e-3 * 0.1**first, *(1e-3 * 0.5**n for n in others)], rel=1e-12)
+    assert len(trainer.lr_scheduler_configs) == 7
+
+
+def test_a_victim_has_no_schedule(folder):
+    rates = Rates()
+    victim = {
+        "class_path": "lightning_modules.networks.ResCNN",
+        "init_args": {"n_channels": 1, "n_classes": 2, "n_steps": 40, "n_filters": 2},
+    }
+    plan = DiscriminatorPlan(
+        name="a", network=network, attack=IFGSM, training_attacks="ifgsm", start=0.3, n_levels=2, epochs_per_level=1
+    )
+    schedule = {
+        name: lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        for name in ("classifier_scheduler", "discriminator_scheduler")
+    }
+    _, _, trainer, _ = fitted(
+        folder, victim=victim, classifier_epochs=0, discriminators=[plan], n_folds=0, callbacks=[rates], **schedule
+    )
+    assert rates.kept == [[1e-3], [5e-4]]
+    assert len(trainer.lr_scheduler_configs) == 1
+
+
+@pytest.mark.parametrize("which", ["classifier_scheduler", "discriminator_scheduler"])
+def test_a_schedule_that_waits_for_a_metric_is_refused(folder, which):
+    with pytest.raises(ValueError, match=f"{which} must step by epochs, got ReduceLROnPlateau"):
+        fitted(folder, **{which: torch.optim.lr_scheduler.ReduceLROnPlateau})
+
+
+def test_predict_hands_on_the_course_of_each_detector_and_the_iterates_if_asked(varied, tmp_path):
+    module, data, *_ = varied
+    batch, settings = data.arrays("test"), (module.predict_attack, module.keep_iterates)
+    module.predict_attack = "pgd sum"  # which begins at the clean series
+    lean = module.predict_step(batch, 0)
+    assert lean.iterates is None
+    module.keep_iterates = True
+    try:
+        found, nothing = (
+            module.predict_step({key: value[:n] for key, value in batch.items()}, 0) for n in (len(batch["labels"]), 0)
+        )
+    finally:
+        module.predict_attack, module.keep_iterates = settings
+    assert torch.equal(found.x_adv, lean.x_adv)
+    assert found.iterates.shape == (7, *batch["series"].shape)
+    assert torch.equal(found.iterates[0], batch["series"])
+    assert torch.equal(found.iterates[found.iteration], found.x_adv)
+    assert found.detectors == ("a", "b")
+    frame = series_frame(found)
+    assert frame.schema == series_frame(nothing).schema
+    lengths = batch["mask"].sum(1).tolist()
+    for number, name in enumerate(found.detectors):
+        logits = found.detector_logits[:, number].double()
+        course = np.stack(frame[f"detector_probability_at {name}"].to_list())
+        np.testing.assert_allclose(course, logits.sigmoid().T.numpy(), rtol=1e-14)  # strides may turn the last bit
+    each = np.stack([frame[f"detector_probability_at {name}"].to_list() for name in found.detectors])
+    np.testing.assert_array_equal(np.stack(frame["detector_probability_at"].to_list()), each.max(0))
+    for row, (iterates, length) in enumerate(zip(frame["iterates"].to_list(), lengths, strict=True)):
+        assert len(iterates) == 7
+        np.testing.assert_array_equal(iterates, found.iterates[:, row, :length].flatten(1).numpy())
+        assert iterates[found.iteration] == frame["adversarial"][row].to_list()
+        assert iterates[0] == frame["series"][row].to_list()
+    assert "iterates" not in series_frame(lean).columns
+    frame.write_parquet(tmp_path / "a.parquet")
+    assert pl.read_parquet(tmp_path / "a.parquet").equals(frame)
+
+
 def test_a_last_batch_of_one_series_is_trained_on(folder):
     module, *_ = fitted(folder, batch_size=71, classifier_epochs=1)  # 72 training series: 71 and 1
     assert module.found is not None
@@ -510,7 +623,7 @@ def test_a_program_is_attacked_as_it_is(folder, tmp_path, ending):
     else:
         batch = torch.export.Dim("batch", min=2)
         torch.export.save(torch.export.export(net, example, dynamic_shapes=({0: batch},)), file)
-    module, data, *_ = fitted(folder, victim={"program": file}, classifier_epochs=0)
+    module, data, *_ = fitted(folder, victim={"program": file, "trusted": True}, classifier_epochs=0)
     series = data.arrays("test")["series"]
     torch.testing.assert_close(module(series), net(series), rtol=1e-4, atol=1e-5)  # float32, fused otherwise
     assert module.found is not None
@@ -595,3 +708,27 @@ def test_the_best_classifier_is_attacked(folder):
     best = min(losses.kept, key=lambda pair: pair[0])[1]
     for name, value in module.classifier.state_dict().items():
         assert torch.equal(value, best[name]), name
+
+
+class Unmasked(torch.nn.Module):
+    """A victim that takes no mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = torch.nn.Linear(1, 1)
+
+    def forward(self, series):
+        return self.out(series.mean(1))
+
+
+@pytest.mark.parametrize("is_victim", [False, True])
+def test_padded_series_are_refused_by_a_classifier_without_masks(is_victim, tmp_path):
+    if is_victim:
+        settings = {"victim": {"class_path": f"{__name__}.Unmasked"}, "classifier_epochs": 0}
+    else:
+        settings = {"classifier": lambda **facts: Unmasked()}
+    module = attacker(**settings)
+    series, mask = torch.randn(2, 40, 1), torch.arange(40) < torch.tensor([[40], [30]])
+    assert module(series, torch.ones_like(mask)).shape == (2, 1)
+    with pytest.raises(ValueError, match="takes no mask, and 1 of 2 series are padded"):
+        module(series, mask)

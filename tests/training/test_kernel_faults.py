@@ -3,6 +3,7 @@
 import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
@@ -78,7 +79,8 @@ def fit(make_data, mode, run, rows, *callbacks, resume=None, encoder_weights=Non
         **MODES[mode],
     )
     if resume is not None:
-        torch.manual_seed(12345)  # random numbers must come from the checkpoint
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # random numbers must come from the checkpoint
+            seed(12345)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=encoder_epochs + EPOCHS - ENCODER_EPOCHS,
@@ -113,6 +115,7 @@ def test_a_fit_that_is_broken_off_anywhere_ends_as_the_unbroken_one(
 ):
     rows = {}
     *fitted, unbroken = fit(make_data, mode, tmp_path / "unbroken", rows)
+    tested = probed(*fitted)
     drawn = random.Random(mode)
     batches_done = []
     for stop in sorted(drawn.sample(range(1, EPOCHS * BATCHES), N_STOPS[mode])):
@@ -126,9 +129,11 @@ def test_a_fit_that_is_broken_off_anywhere_ends_as_the_unbroken_one(
         *resumed, checkpoint = fit(make_data, mode, run, rows_here, resume=last if last.is_file() else None)
         for part in ("state_dict", "optimizer_states", "contexts", "best_encoders", "epoch", "global_step", "loops"):
             assert_same(unbroken[part], checkpoint[part], f"stopped at {stop}: {part}")
+        random_states = (one["callbacks"]["RandomState"] for one in (unbroken, checkpoint))
+        assert_same(*random_states, f"stopped at {stop}: random streams")
+        assert_same(tested, probed(*resumed), f"stopped at {stop}: test")
         assert rows_here == rows, f"stopped at {stop}"
     assert any(0 < n_done < BATCHES for n_done in batches_done), "none went on amid an epoch: this proves nothing"
-    assert_same(probed(*fitted), probed(*resumed), "test")
 
 
 def test_aggregators_of_a_loaded_encoder_go_on_amid_their_first_epoch(

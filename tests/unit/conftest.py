@@ -311,7 +311,6 @@ def build_attack_study(
         ),
         attacks=tuple(chosen),
         saturation=saturation,
-        flags=("series 3: no valid step in common",),
         seed=seed,
     )
 

@@ -27,6 +27,7 @@ from lightning_modules.attacks import (
     SumReg,
     UniversalStep,
     Vanilla,
+    Victim,
     ZNormManifold,
     decisions,
     frozen_networks,
@@ -34,6 +35,7 @@ from lightning_modules.attacks import (
     run_grid,
 )
 from lightning_modules.attacks.frozen_networks import pass_rows
+from lightning_modules.networks import LSTM, S4, PatchTST, ResCNN, RNNAttention
 
 B, T, C = 6, 24, 2
 
@@ -52,6 +54,13 @@ class Net(nn.Module):
     def forward(self, series):
         hidden = torch.tanh(self.norm(self.conv(series.transpose(1, 2)))).mean(dim=-1)
         return self.head(self.dropout(hidden))
+
+
+class Masked(Net):
+    """Takes a mask, and reads 0 at padded steps."""
+
+    def forward(self, series, mask=None):
+        return super().forward(series if mask is None else series * mask[..., None])
 
 
 class Linear(nn.Module):
@@ -277,16 +286,33 @@ def test_a_cpu_gets_equal_parts_that_fit_its_caches(monkeypatch):
     assert set(network.forwards) == {3}, "no gradient, no coupling"
 
 
-def test_sign_step_is_bitwise_the_same_alone_and_in_a_batch():
-    """T4 on the CPU, with a victim whose arithmetic does not depend on the batch."""
+def seeded(network, **settings):
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        return network(n_channels=1, n_classes=2, n_steps=60, **settings).eval()
+
+
+VICTIMS = {
+    "linear": lambda: Linear(torch.randn(60, 1, generator=torch.Generator().manual_seed(3))),
+    "lstm": lambda: seeded(LSTM, hidden_size=8),
+    "s4": lambda: seeded(S4, d_model=8),
+    "patch_tst": lambda: seeded(PatchTST, d_model=16, d_feedforward=16),
+    "res_cnn": lambda: seeded(ResCNN, n_filters=4),
+    "rnn_attention": lambda: seeded(RNNAttention, hidden_size=8),
+}
+
+
+@pytest.mark.parametrize("name", VICTIMS)
+def test_sign_step_is_bitwise_the_same_alone_and_in_a_batch(name):
+    """T4 on the CPU, in float32, for every network of the package."""
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(64, T, C, generator=generator)
+    x = torch.randn(64, 60, 1, generator=generator)
     y = (torch.rand(64, generator=generator) > 0.5).long()
-    victim = Linear(torch.randn(T, C, generator=generator))
-    attack = Attack(Vanilla(), SignStep(0.03), projection=Linf(0.1), n_steps=6)
-    whole = attack(victim, x, y).x_adv
-    alone = torch.cat([attack(victim, x[row : row + 1], y[row : row + 1]).x_adv for row in range(64)])
-    assert torch.equal(whole, alone)
+    victim, attack = VICTIMS[name](), Attack(Vanilla(), SignStep(0.03), projection=Linf(0.1), n_steps=4)
+    whole = attack(victim, x, y, batch_size=64).x_adv
+    assert (whole != x).any(dim=(1, 2)).all()
+    alone = torch.cat([attack(victim, x[row : row + 1], y[row : row + 1]).x_adv for row in range(16)])
+    assert torch.equal(whole[:16], alone)
 
 
 def test_duplicate_in_the_batch_changes_no_step(series):
@@ -415,7 +441,7 @@ def test_padded_steps_and_frozen_segments_never_change(series):
     attack = Attack(
         SumReg(0.3), AdamStep(0.05, nu=0.1, lam=0.1), projection=L2(1.0), constraints=[Frozen([(1, 3)])], n_steps=4
     )
-    result = attack(Net(), x, y, detectors=[Net(seed=1)], mask=mask, keep_iterates=True, generator=0)
+    result = attack(Masked(), x, y, detectors=[Masked(seed=1)], mask=mask, keep_iterates=True, generator=0)
     assert all(torch.equal(iterate[~mask], x[~mask]) for iterate in result.iterates)
     assert all(torch.equal(iterate[:, 1:3], x[:, 1:3]) for iterate in result.iterates)
     assert (result.x_adv[0, 3:10] != x[0, 3:10]).all()
@@ -432,8 +458,70 @@ def test_mask_reaches_networks_that_take_one(series):
         return (batch * mask[..., None]).sum(dim=(1, 2))[:, None]
 
     Attack(Vanilla(), SignStep(0.1), n_steps=1)(masked, x, y, mask=mask)
+    assert len(seen) == 2
     assert all(torch.equal(one, mask) for one in seen)
-    Attack(Vanilla(), SignStep(0.1), n_steps=1)(Net(), x, y, mask=mask)
+
+
+def test_padded_series_and_a_network_without_mask_end_in_one_line(series):
+    x, y = series
+    mask = torch.ones(B, T, dtype=torch.bool)
+    attack = Attack(SumReg(0.1), SignStep(0.1), n_steps=1)
+    whole = attack(Net(), x, y, detectors=[Net(seed=1)], mask=mask)
+    assert torch.equal(whole.x_adv, attack(Net(), x, y, detectors=[Net(seed=1)]).x_adv), "an all-true mask says nothing"
+    mask[4:, 20:] = False
+    cases = [
+        ("classifier Watched", Watched(), None, Masked(seed=1)),
+        ("surrogate Watched", Masked(), Watched(), Masked(seed=1)),
+        ("detector Watched", Masked(), None, Watched(seed=1)),
+        ("classifier Victim", Victim(nn.Sequential(nn.Flatten(), nn.Linear(T * C, 1))), None, Masked(seed=1)),
+        ("classifier <lambda>", lambda batch: batch.sum(dim=(1, 2))[:, None], None, Masked(seed=1)),
+    ]
+    for name, victim, surrogate, detector in cases:
+        message = f"the {name} takes no mask, and 2 of 6 series are padded: give series of one length, or a network"
+        with pytest.raises(ValueError, match=message) as caught:
+            attack(victim, x, y, surrogate=surrogate, detectors=[detector], mask=mask, batch_size=2)
+        assert "\n" not in str(caught.value)
+        assert not any(network.forwards for network in (victim, surrogate, detector) if isinstance(network, Watched))
+    for network in (Net(), Victim(Net())):
+        with pytest.raises(ValueError, match=r"the network (Net|Victim) takes no mask, and 2 of 6 series are padded"):
+            frozen_networks.logits_of(network, x, mask, batch_size=4)
+        with pytest.raises(ValueError, match="takes no mask, and 2 of 6 series are padded"):
+            frozen_networks.call(network, x, mask)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["export", "script"])
+def test_padded_series_and_a_program_without_mask_end_in_one_line(series, kind):
+    x, y = series
+    network = nn.Sequential(nn.Flatten(), nn.Linear(T * C, 1)).eval()
+    if kind == "export":
+        sizes = ({0: torch.export.Dim("batch", min=1)},)
+        victim = Victim(torch.export.export(network, (x,), dynamic_shapes=sizes).module())
+    else:
+        victim = Victim(torch.jit.script(network))
+    attack, mask = Attack(Vanilla(), SignStep(0.1), n_steps=1), torch.ones(B, T, dtype=torch.bool)
+    assert attack(victim, x, y, mask=mask).x_adv.isfinite().all()
+    mask[0, 9:] = False
+    with pytest.raises(ValueError, match="the classifier Victim takes no mask, and 1 of 6 series are padded"):
+        attack(victim, x, y, mask=mask)
+
+
+@pytest.mark.parametrize("wrap", [lambda network: network, Victim])
+@pytest.mark.parametrize("kind", [Net, Masked])
+def test_the_mask_is_read_before_the_loop_and_not_in_it(series, monkeypatch, wrap, kind):
+    """On a GPU every look at its values would wait for the device."""
+    x, y = series
+    n_looks, everything = [], torch.Tensor.all
+
+    def watched(*arguments, **named):
+        n_looks[-1] += 1
+        return everything(*arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "all", watched)
+    for n_steps in (2, 9):
+        n_looks.append(0)
+        Attack(Vanilla(), SignStep(0.1), n_steps=n_steps)(wrap(kind()), x, y, mask=torch.ones(B, T, dtype=torch.bool))
+    assert n_looks[0] == n_looks[1] > 0
 
 
 def test_low_pass_removes_high_frequencies(series):
@@ -651,8 +739,6 @@ GOOD = {"objective": SumReg(0.1), "stepper": SignStep(0.1)}
             lambda: Attack(Vanilla(), SquareSearch(), projection=L2(1.0)),
             "SquareSearch needs the projection Linf, got L2",
         ),
-        (lambda: Attack(NormSum(), SimBA(0.1)), "SimBA compares values, and NormSum joins gradients and has none"),
-        (lambda: Attack(HyperCone(), SignStep(0.1), keep="best"), "keep='best' compares values, and HyperCone"),
         (lambda: Attack(**GOOD, random_start=True), "random_start needs a projection to start inside of, got None"),
         (lambda: Attack(**GOOD, n_steps=0), "n_steps must be at least 1, got 0"),
     ],
@@ -694,6 +780,19 @@ def test_bad_arguments_end_in_one_line(series, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         Attack(SumReg(0.1), SignStep(0.1), n_steps=2)(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ball", [Linf, L2])
+def test_strengths_that_are_nowhere_given_end_in_one_line(series, ball):
+    message = f"{ball.__name__} has no radius: give one to the projection or to the call"
+    for stepper in (PGDStep(), SignStep(0.1)):
+        attack = Attack(Vanilla(), stepper, projection=ball(), n_steps=1)
+        with pytest.raises(ValueError, match=message) as caught:
+            attack(Net(), *series)
+        assert "\n" not in str(caught.value)
+        assert attack(Net(), *series, radius=0.1).x_adv.isfinite().all()
+    with pytest.raises(ValueError, match="SignStep has no step: give one to the stepper or to the call"):
+        Attack(Vanilla(), SignStep(), n_steps=1)(Net(), *series)
 
 
 def test_classifiers_that_return_probabilities_are_refused(series):

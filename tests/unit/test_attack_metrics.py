@@ -18,6 +18,7 @@ from torchmetrics.functional.classification import (
 
 from lightning_modules.metrics import (
     AttackSuccessRate,
+    ClassifierAUC,
     Concealability,
     DetectionRate,
     DetectorAccuracy,
@@ -30,10 +31,13 @@ from lightning_modules.metrics import (
     MeanDTW,
     PerturbationNorm,
     RoughnessRatio,
+    SecondsPerSeries,
     StepsToFlip,
     SuccessF,
+    ZeroGradientRate,
 )
 from lightning_modules.metrics import attack_functional as functional
+from lightning_modules.metrics.attack_classifier_functional import classifier_auc, gradient_rate
 
 # float64 sums of at most a few thousand terms of size 1 in another order
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -283,6 +287,9 @@ def make_metrics():
         "dtw": MeanDTW(2),
         "steps": StepsToFlip(),
         "roughness": RoughnessRatio(),
+        "ranks": ClassifierAUC(3),
+        "seconds": SecondsPerSeries(),
+        "zero": ZeroGradientRate(),
     }
 
 
@@ -296,6 +303,8 @@ def make_batch(n_series, seed):
         "predicted": torch.randint(0, 3, (4, n_series), generator=generator),
         "clean_scores": torch.rand(n_series, generator=generator),
         "adversarial_scores": torch.rand(2, n_series, generator=generator) + 0.1,
+        "logits": torch.randn(n_series, 3, generator=generator),
+        "zero": torch.randint(0, 5, (n_series,), generator=generator),
     }
 
 
@@ -311,6 +320,9 @@ def update_all(metrics, batch):
         "attack success": (clean, adversarial, labels),
         "joint": (clean, adversarial, labels, first > 0.6),
         "steps": (batch["predicted"], labels),
+        "ranks": (batch["logits"], labels),
+        "seconds": (0.5 * len(labels), len(labels)),
+        "zero": (batch["zero"], 4),
     }
     for name in ("f1", "accuracy", "auc", "detection", "conc"):
         arguments[name] = (batch["clean_scores"], first)
@@ -345,6 +357,9 @@ def expected_of(batch):
         "dtw": functional.dtw(batch["series"], batch["adversarial"], radius=2).mean(),
         "steps": steps[steps > 0].double().mean(),
         "roughness": rough[0] / rough[1],
+        "ranks": classifier_auc(batch["logits"], labels),
+        "seconds": 0.5,
+        "zero": gradient_rate(batch["zero"], 4),
     }
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_modules.attacks.findings import findings, vanilla_attacks
 from lightning_modules.attacks.study import SeenLevel
 from lightning_modules.callbacks import AttackReport
-from lightning_modules.callbacks.attack_text import judges_table, sentences, table
+from lightning_modules.callbacks.attack_text import classifier_table, judges_table, sentences, table
 
 DRAWS = 200  # enough for stable signs, cheap
 ATTACKED, PANEL = "ResCNN, seed 0", ["S4, seed 7", "statistics", "two statistics", "nearest neighbour", "one-class SVM"]
@@ -86,6 +86,23 @@ def test_each_attack_before_each_judge_by_hand(make_attack_study, n_classes):
         f1 = f1_score(labels, called, (1,) if n_classes == 2 else range(n_classes))  # all classes occur
         assert row["effectiveness"] == pytest.approx(1 - f1, abs=1e-12)  # one rounding of sums
         assert row["accuracy"] == pytest.approx((called == labels).mean())
+        assert row["f1"] == pytest.approx(f1, abs=1e-12)
+        assert row["accuracy_on_correct"] == pytest.approx((called == labels)[clean == labels].mean())
+        logits, ranked = attack.logits[attack.iteration].numpy(), range(n_classes) if n_classes > 2 else [1]
+        odds = (
+            logits
+            if n_classes == 2
+            else np.stack([logits[:, k] - np.log(np.exp(np.delete(logits, k, 1)).sum(1)) for k in range(n_classes)], 1)
+        )
+        aucs, precisions = [], []
+        for column, k in enumerate(ranked):
+            own, other = odds[labels == k, column], odds[labels != k, column]
+            aucs.append(auc_score(other, own))
+            precisions.append(
+                np.mean([(own >= one).sum() / ((own >= one).sum() + (other >= one).sum()) for one in own])
+            )
+        assert row["roc_auc"] == pytest.approx(np.mean(aucs), abs=1e-12)
+        assert row["average_precision"] == pytest.approx(np.mean(precisions), abs=1e-12)
         assert row["fooling_rate"] == pytest.approx((called != clean).mean())
         correct = clean == labels
         assert row["success_on_correct"] == pytest.approx((called != labels)[correct].mean())
@@ -226,6 +243,21 @@ def test_size_and_effort_by_hand(make_attack_study):
     assert row["steps_to_flip"] == {"median": np.median(flips), "share_flipped": len(flips) / right[0].sum()}
 
 
+def test_a_judge_beside_the_panel_is_shown_and_in_no_mean_of_it(attack_study, found):
+    study = with_judge(attack_study, "two statistics", role="beside")
+    beside = findings(study, n_resamples=DRAWS)
+    assert beside["panel"] == [name for name in PANEL if name != "two statistics"]
+    assert beside["judges"]["two statistics"] == found["judges"]["two statistics"] | {"role": "beside"}
+    for name, attack in beside["attacks"].items():
+        assert attack["judges"] == found["attacks"][name]["judges"], "each judge as before"
+        rates = [attack["judges"][judge]["detection"]["0.05"] for judge in beside["panel"]]
+        assert attack["panel"]["detection"]["0.05"]["mean"] == pytest.approx(np.mean(rates))
+        assert attack["intervals"]["joint_success"][0] == pytest.approx(
+            attack["panel"]["joint_success"]["0.05"]["mean"]
+        )
+    assert any("| two statistics | beside |" in line for line in judges_table(beside))
+
+
 def test_several_attacked_detectors_are_pooled_by_both_rules(make_attack_study):
     study = make_attack_study(n_attacked=2)
     found = findings(study, n_resamples=20)
@@ -345,6 +377,7 @@ def test_degenerate_cases_are_flagged(attack_study):
     collapsed = with_attack(attack_study, "ifgsm", logits=-torch.ones(11, 40, 1))
     found = findings(collapsed, n_resamples=5)
     assert found["attacks"]["ifgsm"]["effectiveness"] == 1.0
+    assert found["attacks"]["ifgsm"]["roc_auc"] == 0.5, "all ties"
     assert "Under *ifgsm* the victim gives every series one class: EFF 1.00 at accuracy 0.50" in text(found)
     assert "*noise* moves no series" in text(found)
 
@@ -386,6 +419,13 @@ def test_tables_have_one_row_an_attack_and_one_a_judge(attack_study, found):
     cell = f"{pooled['concealability']['f1']:.2f} / {pooled['success']['f1']:.2f}"
     assert f"| ifgsm sum | {row['effectiveness']:.2f} | {cell} |" in lines[5]
     assert lines[5].endswith(f"| {row['accuracy']:.2f} | {norms['linf']:.3g} | {norms['l2']:.3g} |")
+    lines = classifier_table(found)
+    assert len(lines) == 3 + len(attack_study.attacks)
+    assert {line.count("|") for line in lines} == {11}
+    decided = " | ".join(f"{row[key]:.2f}" for key in ("accuracy", "accuracy_on_correct", "fooling_rate", "f1"))
+    assert lines[4].startswith(f"| ifgsm sum | {decided} | {row['roc_auc']:.2f} | {row['average_precision']:.2f} |")
+    assert lines[4].endswith(f"| {row['bad_gradients']:.1%} | {row['zero_gradients']:.1%} | 10 |"), "0.01 s a series"
+    assert f"| clean series | {found['victim']['accuracy']:.2f} | " in lines[2]
     assert len(judges_table(found)) == 2 + len(attack_study.judges)
     assert {line.count("|") for line in judges_table(found)} == {9}
     piped = findings(with_attack(attack_study, "sgm", name="a|b"), n_resamples=5)
@@ -510,6 +550,7 @@ def test_callback_joins_batches_and_writes_a_report(make_attack_study, tmp_path,
     report = (folder / "report.md").read_text()
     assert report.startswith("# Test report: 20 series of GunPoint, 30 steps, 1 channel, 2 classes")
     assert "| judge | role |" in report
+    assert "| victim on | accuracy |" in report
     assert not list(folder.glob(".*"))  # no draft is left
 
 

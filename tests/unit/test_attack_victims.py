@@ -1,3 +1,7 @@
+import contextlib
+import io
+import zipfile
+
 import pytest
 import torch
 from torch import nn
@@ -107,7 +111,7 @@ def test_programs_can_be_attacked_and_are_left_in_their_mode(x, tmp_path):
     network = head(1, nn.Dropout(0.5)).eval()
     program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     torch.export.save(program, tmp_path / "network.pt2")
-    victim = load_victim(program=tmp_path / "network.pt2", probe=x)
+    victim = load_victim(program=tmp_path / "network.pt2", trusted=True, probe=x)
     labels = torch.zeros(B, dtype=torch.int64)
     attack = Attack(Vanilla(), SignStep(0.1), n_steps=2)
     # the exported matrix product may be fused otherwise: float32 rounding
@@ -117,7 +121,7 @@ def test_programs_can_be_attacked_and_are_left_in_their_mode(x, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_torchscript_programs(x, tmp_path):
     torch.jit.script(head(1)).save(tmp_path / "network.ts")
-    victim = load_victim(program=tmp_path / "network.ts", probe=x)
+    victim = load_victim(program=tmp_path / "network.ts", trusted=True, probe=x)
     victim.train()
     labels = torch.zeros(B, dtype=torch.int64)
     assert Attack(Vanilla(), SignStep(0.1), n_steps=2)(victim, x, labels).x_adv.shape == x.shape
@@ -139,7 +143,9 @@ class Pickled:
         ({"class_path": "pathlib.Path"}, "class_path must name an nn.Module, got 'pathlib.Path'"),
         ({"class_path": "torch.nn.Linear"}, "torch.nn.Linear does not take init_args {}"),
         ({"class_path": "torch.nn.ReLU", "weights": "absent.pt"}, "there is no file absent.pt"),
-        ({"program": "absent.pt2"}, "there is no file absent.pt2"),
+        ({"program": "absent.pt2", "trusted": True}, "there is no file absent.pt2"),
+        ({"program": "absent.pt2"}, "the file of a program can run code: give trusted: true if absent.pt2 comes"),
+        ({"program": "absent.pt2", "trusted": "no"}, "from where you trust, got 'no'"),
         ({"program": "absent.pt2", "weights": "absent.pt"}, "a program brings its arguments and weights"),
     ],
 )
@@ -161,7 +167,37 @@ def test_files_that_hold_no_weights_are_refused_without_running_them(tmp_path, c
     assert "\n" not in str(caught.value)
     (tmp_path / "text.ts").write_text("no program")
     with pytest.raises(ValueError, match=r"text\.ts holds no program"):
-        load_victim(program=tmp_path / "text.ts")
+        load_victim(program=tmp_path / "text.ts", trusted=True)
+
+
+class Marking:
+    """Makes a file when unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_a_program_that_runs_code_leaves_no_trace_unless_it_is_trusted(x, tmp_path):
+    good, evil, trace = tmp_path / "good.pt2", tmp_path / "evil.pt2", tmp_path / "trace"
+    torch.export.save(torch.export.export(head(1), (x,)), good)
+    pickled = io.BytesIO()
+    torch.save((Marking(trace),), pickled)
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(evil, "w") as archive:
+        members = source.namelist()
+        (inputs,) = [name for name in members if "sample_inputs" in name and name.endswith(".pt")]
+        for name in members:
+            archive.writestr(name, pickled.getvalue() if name == inputs else source.read(name))
+    with pytest.raises(ValueError, match="the file of a program can run code") as caught:
+        load_victim(program=evil, probe=x)
+    assert "\n" not in str(caught.value)
+    assert not trace.exists()
+    with contextlib.suppress(ValueError):  # whether torch still reads the archive is not the point
+        load_victim(program=evil, trusted=True)
+    assert trace.exists(), "the file is harmless: this proves nothing"
 
 
 def test_calibration_is_the_median_confidence(x):

@@ -27,7 +27,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight, self.bias = weight, bias
 
-    def forward(self, series):
+    def forward(self, series, mask=None):
         return series.flatten(1) @ self.weight + self.bias
 
 
@@ -92,6 +92,8 @@ def test_padding_stays_and_failure_returns_the_clean_series(series, attack):
     mask[2, 4:] = False
     victim = linear(1)
     y = decisions(victim(series))
+    with pytest.raises(ValueError, match="the classifier <lambda> takes no mask, and 1 of 6 series are padded"):
+        attack(lambda batch: victim(batch), series, y, mask=mask)
     result = attack(victim, series, y, mask=mask)
     assert torch.equal(result.x_adv[~mask], series[~mask])
     assert result.fooled.all()

@@ -86,6 +86,7 @@ def test_the_whole_graph_compiles(impl, source, sharing):
     assert (values[0] == values[1]) == (source == "all")  # the step is an input of the graph, not baked into it
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method.* is deprecated")  # torch's own, as inductor is imported
 @pytest.mark.slow
 def test_inductor_compiles_it_too():
     hidden, table, targets = problem()

@@ -181,13 +181,32 @@ def test_few_positives_and_outcomes_are_marked():
     labels[labels == 1] *= np.arange((labels == 1).sum()) < 12
     study = ContextStudy(targets=(target(labels, test, outcome_dependent=True),), split="users")
     one = findings(study, n_resamples=100)["targets"]["churn"]
-    assert one["n_positives"] == 12
+    assert one["n_positives"] == one["n_rarest"] == 12
     assert one["underpowered"] is True
     error = one["arms"][one["chosen"]]["judged"]["standard_error"]
     assert one["smallest_detectable"] == pytest.approx(1.96 * error)
     assert f"Underpowered: 12 positives, differences below {1.96 * error:.4f} cannot be seen" in one["verdict"]
     assert "The time of a query depends on its label: no forecast." in one["verdict"]
     assert all(arm["outcome_dependent"] for arm in one["arms"].values())
+
+
+def test_of_several_classes_the_rarest_decides_whether_labels_are_few():
+    random = np.random.default_rng(1)
+    labels = np.repeat(np.arange(3), [300, 200, 60])
+    test = {arm: random.dirichlet(np.ones(3), len(labels)) for arm in ("own", "kernel")}
+
+    def found(labels):
+        study = ContextStudy(targets=(target(labels, test, n_classes=3),), split="users")
+        return findings(study, n_resamples=20)["targets"]["churn"]
+
+    enough = found(labels)
+    assert (enough["n_rarest"], enough["underpowered"]) == (60, False)
+    # as many outside the commonest class as before: what is missing is the rarest
+    few = found(np.repeat(np.arange(3), [300, 211, 49]))
+    assert few["n_positives"] == enough["n_positives"]
+    assert (few["n_rarest"], few["underpowered"]) == (49, True)
+    assert "Underpowered: 49 queries of the rarest class, differences below" in few["verdict"]
+    assert (found(np.repeat([0, 1], [300, 260]))["n_rarest"]) == 0, "a class that no query has is the rarest"
 
 
 def test_quartiles_partition_the_queries_and_leave_out_nothing():

@@ -181,12 +181,10 @@ def test_what_the_data_module_found_is_told_and_no_proof_is_claimed():
     assert "No single feature was warned of." in text(found | {"data": facts | {"warnings": []}})
 
 
-def test_flags_and_the_context_are_told():
-    found = found_in(target(), flags=("the bank was stale",), bank={"n_users": 7, "lag": None})
-    assert "- the bank was stale" in text(found)
+def test_the_context_is_told():
+    found = found_in(target(), bank={"n_users": 7, "lag": None})
     assert "The aggregators have no weights to look at." in text(found)
     assert "Context: n users 7." in text(found)
-    assert "## Flags" not in text(found_in(target()))
 
 
 class Facts(LightningDataModule):

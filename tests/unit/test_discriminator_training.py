@@ -35,8 +35,12 @@ def test_levels_weaken_by_gamma_and_rounds_follow():
 
 def test_provenance_names_what_it_is_made_of():
     network = ResCNN(n_channels=1, n_classes=2, n_steps=20, n_filters=2)
-    expected = {"seed": "7", "architecture": "ResCNN", "training_attacks": "ifgsm, Vanilla SignStep"}
-    assert plan_of(seed=7).provenance(network) == expected
+    assert plan_of(seed=7).provenance(network) == {
+        "seed": "7",
+        "architecture": "ResCNN",
+        "training_attacks": "ifgsm, Vanilla SignStep",
+        "data_split": "train",
+    }
     rounds = plan_of(n_rounds=1, round_attack=Attack(SumReg(), SignStep()))
     assert rounds.provenance(network)["training_attacks"] == "ifgsm, Vanilla SignStep, concealed"
 

@@ -1,4 +1,4 @@
-"""Queries and labels against loops, what happens at exactly t, and two planted leaks that must be warned of."""
+"""Queries and labels against loops, what happens at exactly t, rules that look ahead, and planted leaks."""
 
 import logging
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from datamodules.event_preparation import FOREVER, EventLog
+from datamodules.event_published import EveryNthEvent, FinalDays, Left
 from datamodules.event_targets import (
     AfterDelay,
     AfterFirstEvent,
@@ -17,10 +18,11 @@ from datamodules.event_targets import (
     LocalLabel,
     NextType,
     NoEventWithin,
+    QueryRule,
     RandomTimes,
     StaticLabel,
 )
-from datamodules.label_checks import check_labels, two_sided_auc, warnings_of
+from datamodules.label_checks import asks_by_outcome, check_labels, two_sided_auc, warnings_of
 from datamodules.sources.events import DAY, MISSING
 
 START = 18_000 * DAY
@@ -184,6 +186,11 @@ def test_limits_draw_the_same_queries_again():
         (lambda: AmountAbove(AfterFirstEvent(), 1, "amount", quantile=1), "quantile must be between 0 and 1"),
         (lambda: NextType(AtEvents(), "kind", top=1), "top must be at least 2"),
         (lambda: LocalLabel(AfterFirstEvent(), "kind", days=-1), "days must be at least 0"),
+        (lambda: EveryNthEvent(step=0), "step must be at least 1, got 0"),
+        (lambda: Left(LastEvent(), 0), "days must be above 0, got 0"),
+        (lambda: FinalDays(LastEvent()), "either column and positive or silent_days must be given"),
+        (lambda: FinalDays(LastEvent(), column="age"), "either column and positive or silent_days"),
+        (lambda: FinalDays(LastEvent(), silent_days=-1), "silent_days must be above 0, got -1"),
     ],
 )
 def test_bad_arguments(make, message):
@@ -225,10 +232,12 @@ def checks(log, target):
 
 
 def test_clean_data_is_not_warned_of():
-    rows, lines = checks(log_of(churners(np.random.default_rng(2))), NoEventWithin(AfterDelay(20), 30))
+    rows, lines = checks(log_of(churners(np.random.default_rng(2))), NoEventWithin(AfterDelay(12), 30))
     assert lines == []
     assert [(row["feature"], row["what"]) for row in rows] == [
         ("time of the query", "delay"),
+        ("time of the query", "date"),
+        ("time of the query", "recency"),
         ("amount", "value"),
         ("amount", "missing"),
         ("amount", "zero"),
@@ -240,7 +249,7 @@ def test_clean_data_is_not_warned_of():
 
 def test_a_feature_that_is_overwritten_after_the_outcome_is_warned_of():
     log = log_of(churners(np.random.default_rng(2), overwritten=True))
-    _, lines = checks(log, NoEventWithin(AfterDelay(20), 30))
+    _, lines = checks(log, NoEventWithin(AfterDelay(12), 30))
     assert any("'churn': value of 'amount' tells the label" in line for line in lines)
     assert any("'churn': zero of 'amount' tells the label" in line for line in lines)
     assert not any("'kind'" in line or "time of the query" in line for line in lines)
@@ -254,8 +263,134 @@ def test_a_query_time_that_depends_on_the_outcome_is_warned_of():
     early = (queries["times"] - log.times[log.offsets[queries["users"]]] < 30 * DAY).astype(int)
     rows = check_labels(log, queries | {"labels": early}, ["kind"], ["amount"])
     lines = warnings_of("stopped", rows)
-    assert len(lines) == 1
+    # All users begin within nine days, so that the date tells nearly what the delay does.
+    assert len(lines) == 2
     assert "'stopped': delay of 'time of the query' tells the label, two-sided AUC 1.000" in lines[0]
+    assert "'stopped': date of 'time of the query' tells the label" in lines[1]
+
+
+def test_a_query_that_comes_right_after_the_last_event_is_told_by_its_recency():
+    rng = np.random.default_rng(3)
+    log = log_of([[(day, "a", 1.0) for day in np.sort(rng.uniform(0, 100, 10))] for _ in range(200)])
+    label = rng.random(200) < 0.5
+    # A day after the first event, or anything between two events: delay and date alone do not tell it.
+    middle, first = log.times.reshape(200, 10)[:, 4:6], log.times[log.offsets[:-1]]
+    times = np.where(label, middle[:, 0] + 1, middle.mean(1).astype(np.int64))
+    queries = {"users": np.arange(200), "times": times, "labels": label.astype(np.int64), "n_classes": 2}
+    rows = {row["what"]: row for row in check_labels(log, queries, [], []) if row["feature"] == "time of the query"}
+    assert rows["recency"]["auc"] == 1.0
+    ages = times - log.times[log.before(queries["users"], times) - 1]
+    for what, scores in (("delay", times - first), ("date", times), ("recency", ages)):
+        assert rows[what]["auc"] == two_sided_auc(scores.astype(float), label, queries["users"]), what
+    assert max(rows["delay"]["auc"], rows["date"]["auc"]) < 0.9
+    assert [line.split()[2] for line in warnings_of("x", list(rows.values()))] == ["recency"]
+
+
+class JustBeforeTheLast(QueryRule):
+    """Half a day before each user's last event; it does not say that it looks ahead."""
+
+    def pairs(self, log):
+        return np.arange(log.n_users), log.times[log.offsets[1:] - 1] - DAY // 2
+
+
+class OfThoseWhoComeBack(QueryRule):
+    """After the first event, but only users who have another are asked."""
+
+    def pairs(self, log):
+        users = np.flatnonzero(np.diff(log.offsets) > 1)
+        return users, log.times[log.offsets[users]] + 1
+
+
+CAUSAL = [
+    AfterFirstEvent(),
+    AfterDelay(12),
+    CalendarDates(every_days=7),
+    CalendarDates(every_days=7, active_days=3),
+    CalendarDates(dates=dates(5, 40, 90)),
+    RandomTimes(per_user=3, seed=5),
+    AtEvents(),
+    EveryNthEvent(first=2, step=3),
+]
+
+
+@pytest.mark.parametrize("limits", [None, (25, 60)])
+@pytest.mark.parametrize("rule", CAUSAL, ids=lambda rule: type(rule).__name__)
+def test_rules_that_do_not_look_ahead_pass(rule, limits):
+    log = log_of(churners(np.random.default_rng(2)), limits=limits)
+    assert asks_by_outcome(rule, log) is None
+    assert len(rule.pairs(log)[0]) > 0
+
+
+@pytest.mark.parametrize("rule", [JustBeforeTheLast(), OfThoseWhoComeBack()], ids=lambda rule: type(rule).__name__)
+def test_rules_that_look_ahead_are_found_out_though_they_do_not_say_so(rule):
+    assert not rule.depends_on_outcome
+    line = asks_by_outcome(rule, log_of(churners(np.random.default_rng(2))))
+    assert line.startswith(f"{type(rule).__name__} asks at other moments before 2019-")
+    assert "cut off" in line
+    assert "\n" not in line
+
+
+def test_a_declared_rule_is_not_looked_at():
+    assert asks_by_outcome(LastEvent(), log_of(churners(np.random.default_rng(2)))) is None
+
+
+def test_a_part_of_a_log_is_that_of_its_events():
+    log = log_of([[(1, "a", 1), (5, "b", 2)], [(3, "c", 3)], [(7, "a", 4)], LONG], limits=(4, 9))
+    part, kept = log.part(np.array([0, 2, 3]), START + 5 * DAY)
+    assert kept.tolist() == [0, 3]
+    assert part.offsets.tolist() == [0, 1, 2]
+    assert ((part.times - START) / DAY).tolist() == [1, 0]
+    assert part.numbers["amount"].tolist() == [1, 0]
+    assert part.user_words.tolist() == log.user_words[kept].tolist()
+    assert part.end == log.end
+    assert part.before(np.array([0, 1]), np.array([START, START + DAY])).tolist() == [0, 2]
+
+
+def test_windows_end_after_every_nth_event():
+    log = log_of([[(day, "a", 1) for day in (1, 2, 2, 2, 3, 4, 5)], [(9, "b", 1)], LONG])
+    users, times = EveryNthEvent(first=2, step=2).pairs(log)
+    # the second and the fourth event are of one time, the sixth is of day 4
+    assert users.tolist() == [0, 0, 2]
+    assert (times - START).tolist() == [2 * DAY + 1, 4 * DAY + 1, 100 * DAY + 1]
+
+
+def published_loop(log, positive, days):
+    """(user, time of the event) -> the label of spec section 7."""
+    found = {}
+    for user in range(log.n_users):
+        times = log.times[log.offsets[user] : log.offsets[user + 1]].tolist()
+        for time in times:
+            found[user, time] = int(positive[user] and times[-1] - time <= days * DAY)
+    return found
+
+
+def test_the_published_local_label_against_a_loop():
+    rng = np.random.default_rng(6)
+    sequences = [
+        [(day, "a", 1.0) for day in np.sort(rng.uniform(0, rng.integers(20, 100), 12)).tolist()] for _ in range(40)
+    ]
+    churn = rng.integers(-1, 2, 41)
+    log = log_of([*sequences, LONG], static={"churn": churn}, static_names={"churn": ["no", "yes"]})
+    # START + 100 days is the last event: silent for 25 days are those who stopped before day 75
+    last = (log.times[log.offsets[1:] - 1] - START) / DAY
+    for target, positive in (
+        (FinalDays(EveryNthEvent(1, 1), column="churn", positive="yes"), churn == 1),
+        (FinalDays(EveryNthEvent(1, 1), days=10, silent_days=25), last <= 75),
+    ):
+        queries = target.queries(log)
+        expected = published_loop(log, positive, target.days)
+        found = zip(queries["users"], queries["times"] - 1, queries["labels"], strict=True)
+        asked_of = {(int(user), int(time)): int(label) for user, time, label in found}
+        known = {key: value for key, value in expected.items() if target.column is None or churn[key[0]] >= 0}
+        # LONG ends with the file itself, where no fold reaches
+        assert asked_of == {key: value for key, value in known.items() if key[1] + 1 < log.end}
+        assert set(queries["labels"].tolist()) == {0, 1}
+        assert queries["outcome_dependent"]
+    left = Left(LastEvent(), 25).queries(log)
+    assert left["labels"].tolist() == [int(last[user] <= 75) for user in left["users"]]
+    assert (left["scope"], left["outcome_dependent"]) == ("global", True)
+    with pytest.raises(ValueError, match="column 'churn' has no value 'maybe', it has: no, yes"):
+        FinalDays(AfterFirstEvent(), column="churn", positive="maybe").queries(log)
 
 
 def test_a_leak_among_old_events_alone_is_found_by_age():
@@ -268,7 +403,7 @@ def test_a_leak_among_old_events_alone_is_found_by_age():
         sequences.append([(5.0 if old else 9.0, "a", amount), *([(12.0, "a", 1.0)] if not label else [])])
     log = log_of([*sequences, LONG])
     rows, lines = checks(log, NoEventWithin(CalendarDates(dates=dates(10)), 5))
-    value = rows[1]
+    value = next(row for row in rows if row["feature"] == "amount" and row["what"] == "value")
     assert value["auc"] < 0.9 < value["worst"] == max(auc for auc in value["auc_by_age"] if auc is not None)
     assert any("value of 'amount'" in line for line in lines)
 

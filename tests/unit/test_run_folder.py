@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 
+import lightning.pytorch.callbacks
 import pytest
 import yaml
 
+from lightning_modules import callbacks, run_identity
 from lightning_modules.run_folder import (
     BEST,
     LAST,
+    NothingToResumeError,
     RunLogger,
     drop_rows_after,
     identity,
@@ -53,6 +56,78 @@ def test_identity_is_what_decides_a_result():
     assert identity(config(model__d_model=32)) != base
     assert identity(config(data__paths=["b.csv"])) != base
     assert identity(config() | {"seed_everything": 1}) != base
+
+
+def with_trainer(**trainer):
+    settings = config()
+    settings["trainer"] |= trainer
+    return settings
+
+
+def named(name, **arguments):
+    return {"class_path": f"somewhere.{name}", "init_args": arguments}
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"precision": "bf16-mixed"},
+        {"gradient_clip_val": 0.5},
+        {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
+        {"accumulate_grad_batches": 2},
+        {"callbacks": [named("ModelCheckpoint"), named("AdversarialTraining", mode="pgd")]},
+        {"callbacks": [named("AdversarialTraining", mode="trades")]},
+        {"callbacks": named("EarlyStopping", patience=3)},
+        {"callbacks": [{"class_path": "somewhere.OfTheUser"}]},
+    ],
+    ids=str,
+)
+def test_a_trainer_that_decides_the_result_is_another_experiment(tmp_path, trainer):
+    add_run(tmp_path, 0, config())
+    changed = with_trainer(**trainer)
+    with pytest.raises(FileNotFoundError, match=rf"differs: trainer\.({'|'.join(trainer)})"):
+        newest_run(tmp_path, changed, BEST)
+    run = add_run(tmp_path, 1, changed)
+    assert newest_run(tmp_path, changed, BEST) == run
+    assert newest_run(tmp_path, config(), BEST).name == "version_0"
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"precision": None, "gradient_clip_val": None, "gradient_clip_algorithm": None, "accumulate_grad_batches": 1},
+        {"precision": "32-true", "gradient_clip_val": 0, "gradient_clip_algorithm": "norm", "callbacks": None},
+        {"precision": 32, "gradient_clip_algorithm": "value"},  # an algorithm without a value clips nothing
+        {"devices": 4, "num_nodes": 2, "strategy": "replicated", "accelerator": "gpu", "logger": False},
+        {"max_time": "00:01:00:00", "max_epochs": 99, "max_steps": 7, "enable_progress_bar": True},
+        {"callbacks": [named("ModelCheckpoint", monitor="x"), named("RankingReport"), named("WandbRun", tags=["a"])]},
+        {"callbacks": named("RichProgressBar")},
+    ],
+    ids=str,
+)
+def test_a_trainer_that_decides_nothing_is_the_same_experiment(tmp_path, trainer):
+    run = add_run(tmp_path, 0, config())
+    assert newest_run(tmp_path, with_trainer(**trainer), BEST) == run
+    assert newest_run(tmp_path, config() | {"trainer": None}, BEST) == run, "as of a config without a trainer"
+
+
+def test_two_callbacks_of_a_kind_count_each():
+    both = [named("EarlyStopping", monitor="a"), named("EarlyStopping", monitor="b")]
+    assert identity(with_trainer(callbacks=both)) != identity(with_trainer(callbacks=both[1:]))
+    assert identity(with_trainer(callbacks=both)) != identity(with_trainer(callbacks=both[:1]))
+
+
+def test_every_reporting_callback_exists():
+    """A name that no class has any more would hide that its class counts."""
+    known = set(vars(lightning.pytorch.callbacks)) | set(vars(callbacks))
+    assert known >= run_identity._REPORTING
+    shipped = {"AdversarialTraining"}
+    assert set(callbacks.__all__) - run_identity._REPORTING == shipped, "does the new callback decide results?"
+
+
+def test_words_for_one_precision_are_one():
+    assert identity(with_trainer(precision="bf16")) == identity(with_trainer(precision="bf16-mixed"))
+    assert identity(with_trainer(precision=16)) != identity(with_trainer(precision="16-true"))
 
 
 def test_newest_is_by_number_not_by_name(tmp_path):
@@ -129,13 +204,14 @@ def test_the_newest_unfinished_run_is_gone_on_with(tmp_path):
     [
         ({"epochs": 4}, LAST, r"the newest, .*version_0, has finished: 4 epochs\)"),
         ({"epochs": 2, "stopped_early": True}, LAST, r"has finished: 2 epochs and stopped early\)"),
-        (None, None, r"was ended before its first last\.ckpt\)"),
+        (None, None, r"was ended before its first last\.ckpt\).*exit status 3"),
     ],
 )
 def test_where_none_is_unfinished_it_says_what_there_is(tmp_path, facts, checkpoint, words):
     add_unfinished(tmp_path, 0, config(), facts, checkpoint)
-    with pytest.raises(FileNotFoundError, match="no unfinished run of this config in .*" + words):
+    with pytest.raises(FileNotFoundError, match="no unfinished run of this config in .*" + words) as raised:
         newest_unfinished_run(tmp_path, config(), ASKED)
+    assert isinstance(raised.value, NothingToResumeError) == (facts is None), "one that has finished is no lost one"
     with pytest.raises(FileNotFoundError, match=r"differs: model.init_args.d_model is 64 there, 16 here"):
         newest_unfinished_run(tmp_path, config(model__d_model=16), ASKED)
     with pytest.raises(FileNotFoundError, match="there is no run"):
@@ -197,6 +273,38 @@ def test_a_new_column_keeps_the_rows_and_never_leaves_half_a_file(tmp_path, monk
     assert path.read_bytes() == before
     logger.experiment._rewrite_with_new_header(["a", "b", "step"])
     assert path.read_text().splitlines() == ["a,b,step", "1.0,,0"]
+
+
+def test_the_newest_run_says_whether_there_is_nothing_to_resume(tmp_path):
+    """A lost run behind a finished one of the same config may begin anew; a finished one behind a lost one may not."""
+    add_unfinished(tmp_path, 0, config(), {"epochs": 4})
+    add_unfinished(tmp_path, 1, config(), checkpoint=None)
+    with pytest.raises(NothingToResumeError):
+        newest_unfinished_run(tmp_path, config(), ASKED)
+    add_unfinished(tmp_path, 2, config(), {"epochs": 4})
+    with pytest.raises(FileNotFoundError) as raised:
+        newest_unfinished_run(tmp_path, config(), ASKED)
+    assert not isinstance(raised.value, NothingToResumeError)
+
+
+def test_a_logger_removes_only_what_it_made(tmp_path):
+    first = RunLogger(str(tmp_path / "runs"), "method")
+    assert first.experiment is not None
+    (tmp_path / "runs/method/version_0/config.yaml").write_text("")
+    second = RunLogger(str(tmp_path / "runs"), "method", "version_0")
+    assert second.experiment is not None
+    second.remove_folder()
+    assert (tmp_path / "runs/method/version_0/config.yaml").is_file()
+    first.remove_folder()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_logger_keeps_folders_that_others_write_to(tmp_path):
+    logger = RunLogger(str(tmp_path / "runs"), "method")
+    assert logger.experiment is not None
+    (tmp_path / "runs/method/version_1").mkdir()
+    logger.remove_folder()
+    assert [path.name for path in (tmp_path / "runs/method").iterdir()] == ["version_1"]
 
 
 def test_a_run_that_is_still_at_work_is_left_alone(tmp_path):
