@@ -12,6 +12,7 @@ are those of the test. A fold is a file in OUT that is not computed again.
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -117,7 +118,7 @@ def pooled(repeats: list[list[dict[str, Any]]]) -> ContextStudy:
                     f"repeat {number}: {len(ids)} tests of {len(known)} households, each must be tested once"
                 )
         first = tested[0][0]
-        columns = {
+        columns: dict[str, Any] = {
             key: torch.from_numpy(np.concatenate([np.array(part[key]) for part in tested[0]])[orders[0]])
             for key in OF_QUERIES
         }
@@ -149,30 +150,45 @@ def pooled(repeats: list[list[dict[str, Any]]]) -> ContextStudy:
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
-    """A row an arm: ROC-AUC, gain over the strictest control with Holm's interval, and whether it helps."""
+    """A row an arm: ROC-AUC, what it is over own history, its gain over the strictest control, and whether it helps.
+
+    Everybody is asked at one moment, so that a shuffled moment is the same one and the strictest control may be the arm
+    itself: the difference from own history, with its uncorrected interval, is what says how much could be seen.
+    """
     targets = found["targets"]
-    yield f"| arm | {' | '.join(f'{name}: ROC-AUC | gain | helps' for name in targets)} |"
-    yield "|---" * (1 + 3 * len(targets)) + "|"
-    for arm in next(iter(targets.values()))["arms"]:
+    yield f"| arm | {' | '.join(f'{name}: ROC-AUC | over own | gain | helps' for name in targets)} |"
+    yield "|---" * (1 + 4 * len(targets)) + "|"
+    arms = next(iter(targets.values()))["arms"]
+    for arm in (arm for arm in arms if not arm.startswith("shuffled")):
         cells = []
         for target in targets.values():
             row = target["arms"][arm]
-            value, low, high = row["measures"]["roc_auc"]
-            cells.append(f"{value:.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(interval(row["measures"]["roc_auc"], ".3f"))
             if row["judged"] is None:
-                cells += ["", ""]
+                cells += [""] * 3
                 continue
-            gain, low, high = row["judged"]["adjusted_interval"]
-            cells += [f"{gain:+.4f} [{low:+.4f}, {high:+.4f}]", "yes" if row["judged"]["helps"] else "no"]
+            cells += [
+                interval(row["gains"]["own"]["roc_auc"], "+.4f"),
+                interval(row["judged"]["adjusted_interval"], "+.4f"),
+            ]
+            cells.append("yes" if row["judged"]["helps"] else "no")
         yield f"| {arm} | {' | '.join(cells)} |"
     yield ""
     for name, target in targets.items():
-        errors = [arm["judged"]["standard_error"] for arm in target["arms"].values() if arm["judged"]]
+        over_own = [arm["gains"]["own"]["roc_auc"] for arm in target["arms"].values() if arm["gains"]]
+        half = statistics.median((high - low) / 2 for _, low, high in over_own)
         few = f", fewer than {FEWEST_POSITIVES}: underpowered" if target["underpowered"] else ""
+        n_users, n_rarest = target["n_users"], target["n_rarest"]
         yield (
-            f"- {name}: {target['n_users']} households, {target['n_rarest']} of the rarest class{few}; gains below "
-            f"{1.96 * float(np.median(errors)):.4f} (1.96 standard errors of the median arm) cannot be seen."
+            f"- {name}: {n_users} households, {n_rarest} of the rarest class{few}; differences from own history below "
+            f"{half:.4f}, half an interval of the median arm, cannot be seen."
         )
+
+
+def interval(values: list[float], form: str) -> str:
+    """Value with interval."""
+    value, low, high = (format(one, form) for one in values)
+    return f"{value} [{low}, {high}]"
 
 
 def main() -> None:

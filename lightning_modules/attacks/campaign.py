@@ -303,6 +303,7 @@ def judged(
                 validation_effectiveness=choice["effectiveness"],
                 validation_concealability=choice["concealability"],
                 seconds=seconds,
+                restart=choice.get("restart", 0),
             )
         )
     return AttackStudy(

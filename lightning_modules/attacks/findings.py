@@ -276,7 +276,7 @@ def _attack(study: AttackStudy, attack: ChosenAttack, panel: Sequence[JudgeRecor
         "family": attack.family,
         "concealed": attack.concealed,
         "baseline": None if baseline is None else baseline.name,
-        "chosen": {name: getattr(attack, name) for name in ("step", "radius", "alpha", "iteration")},
+        "chosen": {name: getattr(attack, name) for name in ("step", "radius", "alpha", "iteration", "restart")},
         "n_steps": len(attack.logits) - 1,
         "n_configurations": len(attack.validation_effectiveness),
         "pareto_area": pareto_area(attack.validation_effectiveness, attack.validation_concealability),

@@ -77,6 +77,7 @@ class ChosenAttack:
         validation_effectiveness: ``(G, N + 1) float64`` on validation.
         validation_concealability: ``(G, N + 1) float64``.
         seconds: Time of the attack on the test series.
+        restart: Chosen draw of noise.
     """
 
     name: str
@@ -96,6 +97,7 @@ class ChosenAttack:
     validation_effectiveness: Tensor
     validation_concealability: Tensor
     seconds: float
+    restart: int = 0
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def test_the_published_preset(seqlit, config, tmp_path):
         "final_month": ("local", "LinearProbe"),
         "next_code": ("next", "LinearProbe"),
     }
-    assert [name for name, one in targets.items() if one["outcome_dependent"]] == ["left", "final_month"]
+    assert {name for name, one in targets.items() if one["outcome_dependent"]} == {"left", "final_month"}
     status, out, _ = seqlit("audit", "--config", path, "--n-cuts", "2")
     assert status == 1
     assert "leak" in out

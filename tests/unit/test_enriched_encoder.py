@@ -118,6 +118,34 @@ def test_contexts_are_those_of_a_loop(events, rules):
         torch.testing.assert_close(values["decayed"][row].double(), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("n_users", [None, 7])
+def test_a_flag_tells_where_nobody_is_visible(events, n_users):
+    """A last column, in what is looked up, in sums over time, and where there is no row at all."""
+    everybody = torch.arange(len(events["offsets"]) - 1)
+    users, times = queries(events)
+    found = {}
+    for flag in (False, True):
+        torch.manual_seed(0)
+        factories = {"mean": Mean, "max": Max, "linear": partial(LinearKernel, rank=5)}
+        model = enriched(factories, rules=ContextRules(n_users=n_users, empty_flag=flag))
+        states = model.encode(events)
+        bank = model.bank(states, events, everybody)
+        own = model.own(states, events, users, times).states
+        found[flag] = {name: model.contexts(name, own, bank, users, times) for name in factories}
+        assert model.branch("max").combination.d_out == 4 + flag
+    for name, vectors in found[True].items():
+        assert torch.equal(vectors[:, :-1], found[False][name]), name
+        seen = [
+            visible_rows(events, *asked, bank.context_users, ContextRules())
+            for asked in zip(users.tolist(), times.tolist(), strict=True)
+        ]
+        assert vectors[:, -1].tolist() == [float(not rows) for rows in seen], name
+        assert 0 < vectors[:, -1].sum() < len(users)
+    nobody = bank.context(events["times"].min().repeat(2), users[:2], "shared")
+    assert nobody.visible.shape == (2, 0)
+    assert model.branch("max").aggregator(own[:2], nobody).tolist() == [[0.0, 0.0, 1.0]] * 2
+
+
 def test_sums_over_time_give_what_the_look_up_gives(events, monkeypatch):
     """Mean and linear kernel over all users have a shortcut; a limit that hides nothing takes the long way."""
     everybody = torch.arange(len(events["offsets"]) - 1)

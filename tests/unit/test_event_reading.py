@@ -1,6 +1,7 @@
 """Reading of event files: equal results from equal data, and one clear line for each kind of bad input."""
 
 import gzip
+import logging
 import re
 
 import numpy as np
@@ -77,6 +78,26 @@ def test_unsorted_rows_are_sorted_and_ties_follow_the_order_column(tmp_path, fra
     back = read_events([tmp_path / "back.parquet"], by_place)
     expected = frame.sort("user", "time", "place", descending=[False, False, True])["amount"]
     assert back.numbers[:, 0].tolist() == expected.to_list()
+
+
+def test_how_many_rows_are_unsorted_is_said_in_one_line_a_file(tmp_path, caplog):
+    times = [3, 1, 2, 5, 4, 9, 4, 9]
+    users = [1, 1, 1, 1, 2, 1, 2, 2]  # rows 2 and 3 are late for user 1, ties and changes of the user are none
+    rows = {"user": users, "time": [1_600_000_000 + time for time in times], "kind": ["a"] * 8, "amount": range(8)}
+    frame = pl.DataFrame(rows)
+    frame.write_csv(tmp_path / "unsorted.csv")
+    frame.sort("time").write_parquet(tmp_path / "by time.parquet")
+    frame.sort("user", "time").write_parquet(tmp_path / "by user.parquet")
+    with caplog.at_level(logging.INFO, logger="datamodules"):
+        for name in ("by time.parquet", "by user.parquet"):
+            read_events([tmp_path / name], columns(time_unit="s"))
+    assert caplog.messages == []
+    with caplog.at_level(logging.INFO, logger="datamodules"):
+        read_events([tmp_path / "unsorted.csv"], columns(time_unit="s"))
+    path = tmp_path / "unsorted.csv"
+    assert caplog.messages == [
+        f"{path}: 2 of 8 rows lie before an earlier row of their user in time: events are sorted"
+    ]
 
 
 def test_several_files_are_one(tmp_path, frame):

@@ -14,6 +14,7 @@ from lightning import LightningModule, Trainer
 from datamodules import EventSequencesDataModule
 from datamodules.event_batches import ColesSlices, Crops, TailWindows
 from datamodules.event_preparation import FOREVER
+from datamodules.event_published import EveryNthEvent, FinalDays, Left
 from datamodules.event_targets import (
     AfterDelay,
     AfterFirstEvent,
@@ -25,6 +26,7 @@ from datamodules.event_targets import (
     LocalLabel,
     NextType,
     NoEventWithin,
+    QueryRule,
     StaticLabel,
 )
 from datamodules.sources.events import DAY
@@ -348,6 +350,47 @@ def test_outcome_dependent_rules_need_reference_mode(module):
     queries = whole(module(targets=target, reference_mode=True).test_dataloader())["queries"]["churn"]
     assert queries["outcome_dependent"] is True
     assert whole(module().test_dataloader())["queries"]["churn"]["outcome_dependent"] is False
+
+
+class JustBeforeTheLast(QueryRule):
+    """An hour before each user's last event; it does not say that it looks ahead."""
+
+    def pairs(self, log):
+        return np.arange(log.n_users), log.times[log.offsets[1:] - 1] - DAY // 24
+
+
+def test_a_rule_that_looks_ahead_undeclared_is_refused_or_marked(module):
+    target = {"gone": NoEventWithin(JustBeforeTheLast(), 5)}
+    with pytest.raises(
+        ValueError, match=r"target 'gone': JustBeforeTheLast asks at other moments before 2020-.* cut off"
+    ):
+        module(targets=target).setup("test")
+    queries = whole(module(targets=target, reference_mode=True).test_dataloader())["queries"]["gone"]
+    assert queries["outcome_dependent"] is True
+
+
+def test_labels_made_from_the_end_of_a_history_need_reference_mode(module, folder):
+    windows = EveryNthEvent(5, 4)
+    labels = {
+        "users_path": str(folder / "users.csv"),
+        "label_columns": ["age"],
+        "local_label_columns": ["local"],
+    }
+    targets = {
+        "left": Left(LastEvent(), 20),
+        "final": FinalDays(windows, column="age", positive="old"),
+        "published": LocalLabel(windows, "local", outcome_dependent=True),
+    }
+    for name, words in (("final", "FinalDays"), ("published", "LocalLabel"), ("left", "LastEvent")):
+        with pytest.raises(ValueError, match=rf"target '{name}': .*{words}.*reference_mode") as error:
+            module(targets={name: targets[name]}, **labels)
+        assert "\n" not in str(error.value)
+    facts = module(targets=targets, reference_mode=True, **labels).report_facts()["targets"]
+    assert {name: one["outcome_dependent"] for name, one in facts.items()} == dict.fromkeys(targets, True)
+    plain = {"local": LocalLabel(windows, "local")}
+    assert module(targets=plain, **labels).report_facts()["targets"]["local"]["outcome_dependent"] is False
+    with pytest.raises(ValueError, match=r"target 'x': 'sex' is not in label_columns \['age'\]"):
+        module(targets={"x": FinalDays(windows, column="sex", positive="f")}, reference_mode=True, **labels)
 
 
 class Recorder(LightningModule):
