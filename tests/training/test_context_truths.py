@@ -112,12 +112,9 @@ def test_symmetric_attention_recovers_the_group_where_the_mean_fails(project, tm
 @pytest.mark.parametrize(("claim", "seed"), [("shuffled", 0), *(("null", seed) for seed in range(5))])
 def test_context_that_tells_nothing_does_not_help(project, tmp_path, claim, seed):
     found = cell(project, tmp_path, claim, seed)
-    assert not found["helps"]
-    difference, low, high = found["minus own+time"]
-    # The requirement of 0.005 nats is one of the difference; the interval of a seed may be as wide as that by itself.
-    assert abs(difference) < 0.005
-    assert low < 0.005
-    assert high > -0.005
+    assert not found["judged"]["helps"]
+    # The requirement is 0.005 nats; the interval over users of a single seed may be as wide as that by itself.
+    assert abs(found["minus own+time"][0]) < 0.005
 
 
 @pytest.mark.slow

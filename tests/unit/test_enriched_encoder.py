@@ -141,8 +141,8 @@ def test_a_flag_tells_where_nobody_is_visible(events, n_users):
         ]
         assert vectors[:, -1].tolist() == [float(not rows) for rows in seen], name
         assert 0 < vectors[:, -1].sum() < len(users)
-    nobody = bank.context(events["times"].min().repeat(2), users[:2], "shared")
-    assert nobody.visible.shape == (2, 0)
+    none = torch.zeros(2, 0)
+    nobody = Context(states=torch.zeros(0, 2), rows=None, visible=none.bool(), ages=none, users=torch.zeros(0).long())
     assert model.branch("max").aggregator(own[:2], nobody).tolist() == [[0.0, 0.0, 1.0]] * 2
 
 
