@@ -82,6 +82,9 @@ def plot(name: str, unit: str, costs: Costs, folder: Path) -> None:
                 axis.loglog(sizes, np.array(values) / scale, marker="o", label=key.removesuffix(", bytes"))
                 line = values[-1] / scale * np.array(sizes) / sizes[-1]
                 axis.loglog(sizes, line, color="grey", linestyle=":", linewidth=0.8)
+        every = sorted({size for sizes, _ in costs.values() for size in sizes})
+        axis.set_xticks(every, [f"{size:,}" for size in every], fontsize=8)
+        axis.minorticks_off()
         axis.set_xlabel(unit)
         axis.set_ylabel(f"{label} (above imports)" if wants_bytes else label)
         axis.legend(fontsize=7)
