@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -60,7 +61,7 @@ import compile_kernels as script
 
 launch = dict(script.cases("top_k", "sm_90"))["top_k: merge, bf16, k1024"]
 print(*script.measure("bad", "sm_90", dataclasses.replace(launch, constants={})).violations(), sep="\\n")
-print(*script.Resources("spilling", "sm_90", stack=8, shared=2048).violations(), sep="\\n")
+print(*script.Resources("spilling", "sm_90", stack=8, spills=2, shared=2048).violations(), sep="\\n")
 script.ARCHITECTURES["sm_90"] = script.ARCHITECTURES["sm_90"][0], 1
 sys.argv = ["compile_kernels", "--package", "top_k", "--arch", "sm_90", "--only", "merge, bf16, k1024"]
 script.main()
@@ -68,10 +69,24 @@ script.main()
     done = run(project, "-c", code)
     unbuilt, spilling, *table = done.stdout.splitlines()
     assert unbuilt.startswith("bad on sm_90: does not build: ")
-    assert spilling == "spilling on sm_90: 8 bytes of stack, 0 spilled registers, none are allowed"
+    assert spilling == "spilling on sm_90: 8 bytes of stack, 2 spilled registers, none are allowed"
     assert len(table) == 3
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == ("top_k: merge, bf16, k1024 on sm_90: 4.0 KiB of shared memory, 1 are there")
+    # 4 or 8 KiB, as the release of triton has it
+    line = r"top_k: merge, bf16, k1024 on sm_90: [48]\.0 KiB of shared memory, 1 are there"
+    assert re.fullmatch(line, done.stderr.splitlines()[-1])
+
+
+def test_stack_without_spills_is_refused_of_the_pinned_release_alone(project):
+    code = """
+import sys
+sys.path.insert(0, "scripts")
+import compile_kernels as script
+
+for script.NO_STACK in (True, False):
+    print(len(list(script.Resources("stack", "sm_90", stack=8, shared=2048).violations())))
+"""
+    assert run(project, "-c", code).stdout.split() == ["1", "0"]
 
 
 def test_no_case_of_a_name_ends_in_one_line(project):
