@@ -351,7 +351,8 @@ def test_config_metrics_and_report_of_each_method_reach_its_run(seqlit, toys, pr
         pytest.importorskip("gudhi", reason="diagrams need seqlit[tda]")
     sweep = toys(method)
     (config,) = [word for word in sweep["command"] if word.endswith(".yaml")]
-    values = [f"--{key}={value}" for key, value in drawn(sweep["parameters"], seed=1).items()]
+    values = [word for word in sweep["command"] if word.startswith("--") and "=" in word]  # classes that are varied
+    values += [f"--{key}={value}" for key, value in drawn(sweep["parameters"], seed=1).items()]
     both = ("--config", config, "--config", project / "configs/trainer/wandb.yaml", *values)
     status, _, err = seqlit("fit", *both)
     assert status == 0, err
