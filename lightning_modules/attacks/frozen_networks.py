@@ -16,8 +16,8 @@ Network = Callable[..., Tensor]
 
 CPU_PASS_STEPS = 40_000
 """Time steps, of all series together, of a pass on a CPU. What wider passes keep for the backward leaves the caches and
-is mapped anew by the allocator in every step: at 256 to 1,024 series of 300 steps PatchTST, S4, ResCNN and LSTM take 1.1
-to 1.6 times as long, RNNAttention as long."""
+is mapped anew by the allocator in every step: at 256 to 1,024 series of 300 steps PatchTST, S4, ResCNN and LSTM take
+1.1 to 1.6 times as long, RNNAttention as long."""
 
 
 def pass_rows(x: Tensor, most: int | None = None) -> int:
