@@ -8,9 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.event_preparation import EventLog, Ints
-from datamodules.event_targets import EventTarget, Pairs, QueryRule, Scope
-
-_ONE_MICROSECOND = 1
+from datamodules.event_targets import ONE_MICROSECOND, EventTarget, Pairs, QueryRule, Scope
 
 
 class EveryNthEvent(QueryRule):
@@ -38,7 +36,7 @@ class EveryNthEvent(QueryRule):
         users = log.users
         place = np.arange(len(users)) - log.offsets[users] + 1
         ends = (place >= self.first) & ((place - self.first) % self.step == 0)
-        users, times = users[ends], log.times[ends] + _ONE_MICROSECOND
+        users, times = users[ends], log.times[ends] + ONE_MICROSECOND
         new = np.ones(len(users), dtype=bool)
         new[1:] = (users[1:] != users[:-1]) | (times[1:] != times[:-1])
         return users[new], times[new]

@@ -31,7 +31,7 @@ from datamodules.event_preparation import (
     prepare_events,
 )
 from datamodules.event_published import FinalDays
-from datamodules.event_targets import EventTarget, LocalLabel, StaticLabel
+from datamodules.event_targets import INSTEAD, EventTarget, LocalLabel, StaticLabel
 from datamodules.label_checks import asks_by_outcome, check_labels, warnings_of
 from datamodules.sources.cells import TABLE_ENDINGS
 from datamodules.sources.events import Duplicates, EventColumns, NumberUnit, parse_expression
@@ -469,7 +469,7 @@ def _check_targets(
         if target.rule.depends_on_outcome and not reference_mode:
             raise ValueError(
                 f"target {name!r}: the query time of {type(target.rule).__name__} depends on the outcome and tells the "
-                "label; ask AfterFirstEvent, AfterDelay, CalendarDates or RandomTimes, or reproduce with reference_mode"
+                f"label; {INSTEAD}"
             )
         if target.outcome_dependent and not reference_mode:
             raise ValueError(

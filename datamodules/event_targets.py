@@ -26,7 +26,9 @@ from datamodules.sources.events import MISSING
 Scope = Literal["global", "local", "next"]
 Pairs = tuple[Ints, Ints]
 
-_ONE_MICROSECOND = 1
+ONE_MICROSECOND = 1
+INSTEAD = "ask AfterFirstEvent, AfterDelay, CalendarDates or RandomTimes, or reproduce with reference_mode"
+"""What errors say to somebody whose rule depends on the outcome."""
 
 
 class QueryRule(ABC):
@@ -46,7 +48,7 @@ class AfterFirstEvent(QueryRule):
 
     def pairs(self, log: EventLog) -> Pairs:
         """One query a user."""
-        return np.arange(log.n_users), log.times[log.offsets[:-1]] + _ONE_MICROSECOND
+        return np.arange(log.n_users), log.times[log.offsets[:-1]] + ONE_MICROSECOND
 
 
 class AfterDelay(QueryRule):
@@ -140,7 +142,7 @@ class RandomTimes(QueryRule):
         """``per_user`` queries a user and period."""
         users = np.repeat(np.arange(log.n_users), self.per_user)
         number = np.tile(np.arange(self.per_user), log.n_users)
-        first = log.times[log.offsets[users]] + _ONE_MICROSECOND
+        first = log.times[log.offsets[users]] + ONE_MICROSECOND
         limits = [int(first.min()), *((log.validation_start, log.test_start) if log.by_time else ()), log.end]
         found_users, found_times = [], []
         for period, (start, stop) in enumerate(pairwise(limits)):
@@ -174,7 +176,7 @@ class LastEvent(QueryRule):
 
     def pairs(self, log: EventLog) -> Pairs:
         """One query a user."""
-        return np.arange(log.n_users), log.times[log.offsets[1:] - 1] + _ONE_MICROSECOND
+        return np.arange(log.n_users), log.times[log.offsets[1:] - 1] + ONE_MICROSECOND
 
 
 class EventTarget(ABC):

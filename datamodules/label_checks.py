@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from datamodules.event_preparation import FOREVER, EventLog, Ints
-from datamodules.event_targets import QueryRule
+from datamodules.event_targets import INSTEAD, QueryRule
 from datamodules.sources.events import MISSING
 
 SUSPICIOUS = 0.9
@@ -71,8 +71,7 @@ def asks_by_outcome(rule: QueryRule, log: EventLog) -> str | None:
             return (
                 f"{type(rule).__name__} asks at other moments before {_text(cut)} when the events from then on are cut "
                 f"off ({len(moved)} queries, the first at {_text(at)}): its times are functions of what comes after "
-                "them and may tell the label; ask AfterFirstEvent, AfterDelay, CalendarDates or RandomTimes, or "
-                "reproduce with reference_mode"
+                f"them and may tell the label; {INSTEAD}"
             )
     return None
 

@@ -9,6 +9,7 @@ specification of arXiv 2502.10205, section 2.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Literal, Protocol
 
 import torch
@@ -328,13 +329,13 @@ def _unrolled(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and states of users side by side, longest first: those who still have events are always the first ones."""
     lengths, users = events["offsets"].diff().sort(descending=True, stable=True)
-    begin, n_users, turn = 0, int((lengths > 0).sum()), -1
+    begin, n_users, turns = 0, int((lengths > 0).sum()), _turns(part)
     while begin < n_users:
         n_steps = min(int(lengths[begin]), CHUNK_STEPS, max_tokens)
         block = slice(begin, min(n_users, begin + max_tokens // n_steps))
         first, left = events["offsets"][users[block]], lengths[block]
-        begin, turn = block.stop, turn + 1
-        if turn % part[1] != part[0]:
+        begin = block.stop
+        if not next(turns):
             continue
         memory = None
         before = first
@@ -372,15 +373,20 @@ def _segmented(
         kept = sizes - 1
     sizes, order = sizes.sort(descending=True, stable=True)
     first, kept = first[order], kept[order]
-    begin, turn = 0, -1
+    begin, turns = 0, _turns(part)
     while begin < len(sizes):
         block = slice(begin, begin + max(1, max_tokens // int(sizes[begin])))
-        begin, turn = block.stop, turn + 1
-        if turn % part[1] != part[0]:
+        begin = block.stop
+        if not next(turns):
             continue
         batch, rows = _padded(events, first[block], sizes[block], encoder)
         counts = batch["mask"].to(rows.device) & (rows >= (first + kept)[block].unsqueeze(1))
         yield rows[counts], encoder.encode_steps(batch)[counts.to(batch["mask"].device)]
+
+
+def _turns(part: tuple[int, int]) -> Iterator[bool]:
+    """Whether each next block is one of the i-th of n parts."""
+    return cycle(number == part[0] for number in range(part[1]))
 
 
 def _padded(
