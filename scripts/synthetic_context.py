@@ -37,12 +37,14 @@ from datamodules.synthetic_hawkes import hawkes_cross
 from lightning_modules import KernelAttentionAggregator
 from lightning_modules.context import (
     AttentionHawkes,
+    BestProbe,
     ContextBank,
     ContextRules,
     Evaluation,
     ExpHawkes,
     KernelAttention,
     LightGBMProbe,
+    LogisticProbe,
     Mean,
     SymmetricAttention,
     evaluate,
@@ -51,12 +53,16 @@ from lightning_modules.context.evaluation import Encoded
 from lightning_modules.context.findings import findings, strict_controls
 from lightning_modules.context.fixed_sequences import gathered
 from lightning_modules.context.hawkes_fit import event_log_losses, fit_hawkes
+from lightning_modules.context.probes import Probe
 from lightning_modules.losses import NextEvent
 from lightning_modules.networks import RecurrentEncoder
 from lightning_modules.run_folder import write_whole
 
 D_MODEL, N_CONTEXT, BATCH, STEPS_AN_EPOCH = 32, 300, 64, 20
-ENCODER_EPOCHS, AGGREGATOR_EPOCHS = 10, 3
+# Epochs of encoder and aggregators. After 200 steps the encoder hardly tells the state of a group: a mean over the own
+# group, were it known, closes a third of the gap of seed 10, after 800 steps 0.46, after 2,400 no more. Seed 10 chose
+# the numbers of the cohort, and is in no table.
+EPOCHS = {"regime": (10, 3), "null": (10, 3), "shuffled": (10, 3), "cohort": (40, 15)}
 N_TRAIN, N_VALIDATION = 15_000, 6_000  # queries of the local target; all test queries are asked
 AGGREGATORS: dict[str, dict[str, Callable[..., Any]]] = {
     "regime": {
@@ -73,7 +79,11 @@ AGGREGATORS: dict[str, dict[str, Callable[..., Any]]] = {
     },
 }
 AGGREGATORS["null"] = AGGREGATORS["shuffled"] = AGGREGATORS["regime"]
-SEEDS = {"regime": range(10), "null": range(5), "shuffled": range(5), "cohort": range(3), "hawkes": range(5)}
+TREES = LightGBMProbe(n_trees=300, learning_rate=0.05, patience=20)
+# The state of the own group enters the logit of a cohort linearly, that of everybody in a product with the type of the
+# user; trees alone can read a calendar. So that no arm loses by its probe, each has the better one on validation.
+PROBES: dict[str, Probe] = dict.fromkeys(AGGREGATORS, TREES) | {"cohort": BestProbe((LogisticProbe(), TREES))}
+SEEDS = {"regime": range(10), "null": range(5), "shuffled": range(5), "cohort": range(5), "hawkes": range(5)}
 N_TEST_SHUFFLED = 25_000  # of all users: the truth about sparse ones is not asked for
 TRUE_THETA = 0.02
 
@@ -103,8 +113,9 @@ def only(queries: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
     return {key: value[rows] if isinstance(value, Tensor) else value for key, value in queries.items()}
 
 
-def fitted(drawn: Any, aggregators: Mapping[str, Any], seed: int) -> tuple[Any, dict[str, Any]]:
+def fitted(drawn: Any, claim: str, seed: int) -> tuple[Any, dict[str, Any]]:
     """Fit encoder and aggregators on what training may see; the model and the one batch of the test."""
+    encoder_epochs, aggregator_epochs = EPOCHS[claim]
     batch = drawn.batch()
     events, local = batch["events"], batch["queries"]["local"]
     folds = torch.from_numpy(drawn.user_folds)
@@ -122,9 +133,9 @@ def fitted(drawn: Any, aggregators: Mapping[str, Any], seed: int) -> tuple[Any, 
         **drawn.facts(),
         encoder=partial(RecurrentEncoder, d_model=D_MODEL, d_embedding=16, time_gaps=True),
         encoder_objective=partial(NextEvent, at="target"),
-        encoder_epochs=ENCODER_EPOCHS,
-        aggregators=dict(aggregators),
-        aggregator_epochs=AGGREGATOR_EPOCHS,
+        encoder_epochs=encoder_epochs,
+        aggregators=dict(AGGREGATORS[claim]),
+        aggregator_epochs=aggregator_epochs,
         context=ContextRules(n_users=N_CONTEXT, seed=seed),
         max_context_queries=1024,
         evaluation=Evaluation(max_validation_users=64),
@@ -133,7 +144,7 @@ def fitted(drawn: Any, aggregators: Mapping[str, Any], seed: int) -> tuple[Any, 
     )
     trainer = Trainer(
         accelerator="cpu",
-        max_epochs=ENCODER_EPOCHS + AGGREGATOR_EPOCHS,
+        max_epochs=encoder_epochs + aggregator_epochs,
         limit_train_batches=STEPS_AN_EPOCH,
         logger=False,
         enable_checkpointing=False,
@@ -148,7 +159,7 @@ def fitted(drawn: Any, aggregators: Mapping[str, Any], seed: int) -> tuple[Any, 
 
 def share_closed(drawn: Any, claim: str, seed: int) -> dict[str, Any]:
     """Log-losses of arms and oracles on sparse users' test queries, and the share of the gap with its interval."""
-    model, batch = fitted(drawn, AGGREGATORS[claim], seed)
+    model, batch = fitted(drawn, claim, seed)
     local = batch["queries"]["local"]
     generator = torch.Generator().manual_seed(seed)
     sparse = torch.from_numpy(drawn.sparse)[local["users"]]
@@ -163,8 +174,7 @@ def share_closed(drawn: Any, claim: str, seed: int) -> dict[str, Any]:
         tested = torch.nonzero((local["fold"] == 2) & sparse).flatten()
     rows = torch.cat([*rows, tested])
     asked = only(local, rows)
-    probe = LightGBMProbe(n_trees=300, learning_rate=0.05, patience=20)
-    evaluation = Evaluation(probe=probe, gaussian=False, constant=False)
+    evaluation = Evaluation(probe=PROBES[claim], gaussian=False, constant=False)
     with torch.inference_mode(False):
         study = evaluate(model, batch | {"queries": {"local": asked}}, evaluation, seed=seed)
     target = study.targets[0]
@@ -202,6 +212,7 @@ def share_closed(drawn: Any, claim: str, seed: int) -> dict[str, Any]:
         result["share"] = [share, *np.quantile(shares, [0.025, 0.975])]
     if claim == "cohort":
         result["mass"] = {name: mass_on_own_group(drawn, model, batch, asked, name) for name in AGGREGATORS[claim]}
+        result["known group"] = known_group_loss(drawn, model, batch, asked, seed)
     return result
 
 
@@ -216,6 +227,23 @@ def mass_on_own_group(drawn: Any, model: Any, batch: Mapping[str, Any], asked: M
     groups = torch.from_numpy(drawn.groups)
     same = groups[context.users.expand(weights.shape)] == groups[users].unsqueeze(1)
     return float((weights * same).sum() / weights.sum())
+
+
+@torch.no_grad()
+def known_group_loss(drawn: Any, model: Any, batch: Mapping[str, Any], asked: Mapping[str, Any], seed: int) -> float:
+    """Log-loss on the test beside the mean state of the own group, which no model knows: what attention could reach."""
+    encoded, groups = Encoded(model, batch["events"], batch["context_users"]), torch.from_numpy(drawn.groups)
+    features = []
+    for users, times in zip(asked["users"].split(2048), asked["times"].split(2048), strict=True):
+        context = encoded.bank("mean").context(times, users, "gathered")
+        same = context.visible & (groups[context.users.expand(context.visible.shape)] == groups[users].unsqueeze(1))
+        mean = context.combine(same / same.sum(1, keepdim=True).clamp(min=1), context.states)
+        features.append(torch.cat([encoded.own("mean", users, times).states, mean], 1))
+    parts = [(torch.cat(features)[asked["fold"] == fold], asked["labels"][asked["fold"] == fold]) for fold in range(3)]
+    (train, labels), (validation, validation_labels), (test, test_labels) = parts
+    probe = PROBES["cohort"]
+    _, found = probe.fit_predict(train, labels, validation, validation_labels, test, n_classes=2, seed=seed)
+    return float(log_losses(found.numpy(), test_labels.numpy()).mean())
 
 
 def recovered_theta(seed: int) -> dict[str, Any]:
@@ -277,10 +305,7 @@ def over_strictest(cell: Mapping[str, Any]) -> tuple[str, float]:
 
 def helps(cell: Mapping[str, Any]) -> str:
     """Whether the chosen arm beats its strictest control under Holm's correction."""
-    if "judged" in cell:
-        return "yes" if cell["judged"]["helps"] else "no"
-    # Cells of an earlier version say only whether any arm helps: if none does, or this one loses, that is an answer.
-    return "not measured" if cell["helps"] and over_strictest(cell)[1] < 0 else "no"
+    return "yes" if cell["judged"]["helps"] else "no"
 
 
 def table(claim: str, split: str, cells: dict[int, dict[str, Any]]) -> Iterator[str]:
@@ -329,6 +354,8 @@ def table(claim: str, split: str, cells: dict[int, dict[str, Any]]) -> Iterator[
             mass = statistics.mean(cell["mass"][name] for cell in cells.values())
             loss = statistics.mean(cell["arms"][name] for cell in cells.values())
             yield f"- {name}: {mass:.3f}, {loss:.3f}"
+        known = statistics.mean(cell["known group"] for cell in cells.values())
+        yield f"- mean over the own group, told by the truth: 1, {known:.3f}"
 
 
 def main() -> None:

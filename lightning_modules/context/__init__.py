@@ -22,7 +22,7 @@ from lightning_modules.context.decayed import (
 from lightning_modules.context.enriched import ContextRules, EnrichedEncoder
 from lightning_modules.context.evaluation import Embeddings, Evaluation, evaluate
 from lightning_modules.context.positive_features import LinearKernel
-from lightning_modules.context.probes import LightGBMProbe, LinearProbe, LogisticProbe
+from lightning_modules.context.probes import BestProbe, LightGBMProbe, LinearProbe, LogisticProbe
 from lightning_modules.context.refresh import Ema, EveryKSteps, Live, PerEpoch, Refresh, Static
 from lightning_modules.context.visible import Context
 
@@ -32,6 +32,7 @@ __all__ = [
     "AggregatorFactory",
     "Attention",
     "AttentionHawkes",
+    "BestProbe",
     "Combination",
     "CombinationFactory",
     "Concat",

@@ -3,13 +3,14 @@
 n queries, k features, K classes. Source: spec of arXiv 2502.10205, section 8.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, nll_loss
 
 
 class Probe(Protocol):
@@ -245,6 +246,42 @@ def _logits(features: Tensor, coefficients: Tensor) -> Tensor:
     """``(n, K)`` of ``(k + 1, K)`` coefficients, constants in the last row; one column is the logit of class 1."""
     logits = torch.addmm(coefficients[-1:], features, coefficients[:-1])
     return logits if logits.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], 1)
+
+
+@dataclass(frozen=True)
+class BestProbe:
+    """The one of several probes with the least log-loss on validation; of equals the first.
+
+    Every arm, control or not, has its own choice, so that none loses for a probe that does not suit it.
+
+    Attributes:
+        probes: To choose from.
+    """
+
+    probes: Sequence[Probe] = (LogisticProbe(), LightGBMProbe())
+
+    def __post_init__(self) -> None:
+        if not self.probes:
+            raise ValueError("probes must be at least one, got none")
+
+    def fit_predict(
+        self,
+        train: Tensor,
+        train_labels: Tensor,
+        validation: Tensor,
+        validation_labels: Tensor,
+        test: Tensor,
+        *,
+        n_classes: int,
+        seed: int,
+    ) -> tuple[Tensor, Tensor]:
+        """As :class:`Probe`."""
+        found = [
+            probe.fit_predict(train, train_labels, validation, validation_labels, test, n_classes=n_classes, seed=seed)
+            for probe in self.probes
+        ]
+        labels = validation_labels.cpu()
+        return min(found, key=lambda read: float(nll_loss(read[0].cpu().log(), labels)))
 
 
 @dataclass(frozen=True)

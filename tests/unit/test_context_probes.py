@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_modules.context.probes import LightGBMProbe, LinearProbe, LogisticProbe
+from lightning_modules.context.probes import BestProbe, LightGBMProbe, LinearProbe, LogisticProbe
 from lightning_modules.metrics.probe_metrics import probe_scores
 
 QUICK_TREES = LightGBMProbe(n_trees=40, patience=5, num_threads=1)
@@ -160,6 +160,33 @@ def test_published_parameters_are_those_of_the_source(monkeypatch):
     assert "callbacks" not in asked
 
 
+@pytest.mark.parametrize(
+    ("product", "best"), [(False, LogisticProbe()), (True, QUICK_TREES)], ids=["linear", "product"]
+)
+def test_the_best_probe_is_the_one_with_the_least_log_loss_on_validation(product, best):
+    pytest.importorskip("lightgbm")
+    features, labels, _, _ = softmax_sample(1000, 2, 2, scale=2.0)
+    if product:
+        labels = tuple((part.prod(1) > 0).long() for part in features)
+    found = run(BestProbe((LogisticProbe(), QUICK_TREES)), features, labels, 2)
+    for one, other in zip(found, run(best, features, labels, 2), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_best_of_equal_probes_is_the_first_and_labels_of_the_test_play_no_part():
+    class Said:
+        def __init__(self, validation, test):
+            self.validation, self.test = validation, test
+
+        def fit_predict(self, *_, n_classes, seed):
+            return torch.tensor([self.validation]), torch.tensor([self.test])
+
+    probes = [Said([0.75, 0.25], [0.25, 0.75]), Said([0.75, 0.25], [0.5, 0.5]), Said([0.5, 0.5], [1.0, 0.0])]
+    features, labels = (torch.zeros(1, 1),) * 3, (torch.zeros(1).long(),) * 3
+    assert run(BestProbe(probes), features, labels, 2)[1].tolist() == [[0.25, 0.75]]
+    assert run(BestProbe(probes[::-1]), features, labels, 2)[1].tolist() == [[0.5, 0.5]]
+
+
 @pytest.mark.parametrize("probe", [LogisticProbe(), LinearProbe()])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -182,6 +209,8 @@ def test_bad_input_ends_in_one_line(probe, change, message):
 def test_bad_settings_end_in_one_line():
     with pytest.raises(ValueError, match=r"strengths must be at least one number and none negative, got \(\)"):
         LogisticProbe(strengths=())
+    with pytest.raises(ValueError, match="probes must be at least one, got none"):
+        BestProbe(())
     features, labels, _, _ = softmax_sample(10, 2, 2)
     with pytest.raises(ValueError, match="at least 2 classes, got 1"):
         run(LogisticProbe(), features, labels, 1)

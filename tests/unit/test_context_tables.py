@@ -32,10 +32,6 @@ def test_the_verdict_is_that_of_the_chosen_arm(script):
     assert difference == pytest.approx(0.03)
     assert tables.helps(synthetic(worse, "mean+time", judged={"helps": False})) == "no"
     assert tables.helps(synthetic(better, "mean+time", judged={"helps": True})) == "yes"
-    # cells that know of any arm alone
-    assert tables.helps(synthetic(better, "mean+time", helps=True)) == "not measured"
-    assert tables.helps(synthetic(worse, "mean+time", helps=True)) == "no"
-    assert tables.helps(synthetic(better, "mean+time", helps=False)) == "no"
 
 
 def test_an_interval_over_seeds_is_students(script):
