@@ -92,8 +92,9 @@ class DiscriminatorPlan:
         seed: Of its weights.
 
     Raises:
-        ValueError: If a number is out of range, there are rounds without an attack, or a vanilla attack reads
-            detectors, aims at classes or has a step that would not follow the radius of its ball.
+        ValueError: If a number is out of range, there are rounds without an attack or with one that has no step or
+            radius, or a vanilla attack reads detectors, aims at classes or has a step that would not follow the radius
+            of its ball.
     """
 
     def __init__(
@@ -142,6 +143,8 @@ class DiscriminatorPlan:
                 )
         if n_rounds and round_attack is None:
             raise ValueError(f"n_rounds {n_rounds} of discriminator {name!r} need a round_attack, got none")
+        for strength, part in _missing_strengths(round_attack).items() if round_attack is not None else ():
+            raise ValueError(f"round_attack of discriminator {name!r} needs a {strength}: give one to {part}")
         self.name, self.network, self.role = name, network, role
         self.epochs_per_level, self.replay, self.seed = epochs_per_level, replay, seed
         levels = [
@@ -283,6 +286,16 @@ def detection_loss(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:
     return (softplus(clean_logits).mean() + softplus(-adversarial_logits).mean()) / 2
 
 
+def _missing_strengths(attack: Attack) -> dict[str, str]:
+    """What an attack has no value of, ``"step"`` or ``"radius"``, and the part that takes it."""
+    missing = {}
+    if not attack.stepper.step_from_radius and attack.stepper.step is None:
+        missing["step"] = type(attack.stepper).__name__
+    if attack.projection is not None and attack.projection.radius is None:
+        missing["radius"] = type(attack.projection).__name__
+    return missing
+
+
 class AttackPlan:
     """An attack of the test with the grid that validation chooses from.
 
@@ -331,15 +344,13 @@ class AttackPlan:
                 f"attack {name!r} must be untargeted, keep its last iterate and not couple the series of a batch: the "
                 "iterate is chosen by number, for all series alike"
             )
-        stepper, kind = attack.stepper, type(attack.stepper).__name__
-        if stepper.step_from_radius and steps:
+        if attack.stepper.step_from_radius and steps:
+            kind = type(attack.stepper).__name__
             raise ValueError(f"steps of attack {name!r}: {kind} takes its step from the radius, give radii")
-        if not (stepper.step_from_radius or steps) and stepper.step is None:
-            raise ValueError(f"attack {name!r} needs a step: give steps, or one to {kind}")
-        if attack.projection is not None and not radii and attack.projection.radius is None:
-            raise ValueError(
-                f"attack {name!r} needs a radius: give radii, or one to {type(attack.projection).__name__}"
-            )
+        for strength, part in _missing_strengths(attack).items():
+            axis, given = {"step": ("steps", steps), "radius": ("radii", radii)}[strength]
+            if not given:
+                raise ValueError(f"attack {name!r} needs a {strength}: give {axis}, or one to {part}")
         grid_points(steps=steps, radii=radii, alphas=alphas)  # refuses what occurs twice
         self.name, self.family, self.attack, self.calibrate = name, family, attack, calibrate
         self.steps, self.radii, self.alphas = tuple(steps), tuple(radii), tuple(alphas)

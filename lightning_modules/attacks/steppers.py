@@ -25,7 +25,7 @@ Advance = Callable[[Tensor, "Evaluation"], tuple[Tensor, "Evaluation | None"]]
 class Stepper(ABC):
     """How an attack moves.
 
-    Class attributes say what it needs: ``uses_gradient`` at the iterate, ``uses_values`` to compare points,
+    Attributes say what it needs: ``uses_gradient`` at the iterate, ``uses_values`` to compare points,
     ``uses_noise``, the kind of ``ball``, whether it ``couples_batch``, and ``step_from_radius``: its step follows the
     radius of the ball, and none can be given.
 
@@ -38,7 +38,7 @@ class Stepper(ABC):
 
     uses_gradient: ClassVar[bool] = True
     uses_values: ClassVar[bool] = False
-    uses_noise: ClassVar[bool] = False
+    uses_noise: bool = False
     step_from_radius: ClassVar[bool] = False
     ball: ClassVar[type[Projection] | None] = None
     couples_batch: ClassVar[bool] = False
@@ -205,8 +205,6 @@ class AdamStep(Stepper):
     defaults.
     """
 
-    uses_noise = True
-
     BETAS: ClassVar[tuple[float, float]] = (0.9, 0.999)
     EPSILON: ClassVar[float] = 1e-8
 
@@ -218,6 +216,7 @@ class AdamStep(Stepper):
             if not 0 <= value < float("inf") or (name == "mu" and value == 0):
                 raise ValueError(f"{name} of AdamStep must be finite and {'above' if name == 'mu' else 'at least'} 0")
         self.mu, self.nu, self.lam, self.start_scale = mu, nu, lam, start_scale
+        self.uses_noise = start_scale > 0
 
     def initial(self, run: "Run") -> Tensor:
         """``x0`` plus the sign pattern, or a random point of the ball."""

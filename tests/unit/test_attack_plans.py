@@ -149,6 +149,11 @@ def test_a_weight_of_zero_may_be_chosen_from_and_equals_vanilla(clean):
         (Attack(Vanilla(), PGDStep(), projection=Linf()), {"radii": [0.0]}, "radii of attack 'a' must be above 0"),
         (Attack(Vanilla(), Noise(0.1)), {"n_restarts": 0}, "n_restarts of attack 'a' must be at least 1, got 0"),
         (
+            Attack(Vanilla(), AdamStep(0.1, start_scale=0.0)),
+            {"n_restarts": 2},
+            "n_restarts of attack 'a' must be 1: it draws no noise",
+        ),
+        (
             Attack(Vanilla(), SignStep(0.1)),
             {"n_restarts": 2},
             "n_restarts of attack 'a' must be 1: it draws no noise, all restarts would be the same, got 2",

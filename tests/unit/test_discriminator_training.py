@@ -16,6 +16,9 @@ from lightning_modules.networks import ResCNN
 IFGSM = Attack(Vanilla(), SignStep(), n_steps=3)
 
 
+CONCEALED = Attack(SumReg(), SignStep(0.1))
+
+
 def plan_of(**settings):
     return DiscriminatorPlan(
         **{"name": "d", "network": ResCNN, "attack": IFGSM, "training_attacks": "ifgsm"} | settings
@@ -23,9 +26,7 @@ def plan_of(**settings):
 
 
 def test_levels_weaken_by_gamma_and_rounds_follow():
-    plan = plan_of(
-        start=0.4, gamma=0.5, n_levels=3, epochs_per_level=4, n_rounds=2, round_attack=Attack(SumReg(), SignStep())
-    )
+    plan = plan_of(start=0.4, gamma=0.5, n_levels=3, epochs_per_level=4, n_rounds=2, round_attack=CONCEALED)
     strengths = [one.strength for level in plan.levels for one in level.attacks]
     assert strengths == [0.4, 0.2, 0.1, None, None], "rounds have their own strength"
     assert [level.concealed for level in plan.levels] == [False, False, False, True, True]
@@ -41,7 +42,7 @@ def test_provenance_names_what_it_is_made_of():
         "training_attacks": "ifgsm, Vanilla SignStep",
         "data_split": "train",
     }
-    rounds = plan_of(n_rounds=1, round_attack=Attack(SumReg(), SignStep()))
+    rounds = plan_of(n_rounds=1, round_attack=CONCEALED)
     assert rounds.provenance(network)["training_attacks"] == "ifgsm, Vanilla SignStep, concealed"
 
 
@@ -74,9 +75,7 @@ def test_a_mixture_weakens_each_attack_from_its_own_start():
         TrainingAttack(name="pgd", attack=Attack(Vanilla(), PGDStep(), projection=Linf()), start=2.0),
         TrainingAttack(name="long ifgsm", attack=Attack(Vanilla(), SignStep(), n_steps=30), start=0.1),
     ]
-    plan = plan_of(
-        start=0.4, gamma=0.5, n_levels=2, mixture=mixture, n_rounds=1, round_attack=Attack(SumReg(), SignStep())
-    )
+    plan = plan_of(start=0.4, gamma=0.5, n_levels=2, mixture=mixture, n_rounds=1, round_attack=CONCEALED)
     shown = [[(one.name, one.strength) for one in level.attacks] for level in plan.levels]
     assert shown == [
         [("ifgsm", 0.4), ("pgd", 2.0), ("long ifgsm", 0.1)],
@@ -132,6 +131,14 @@ def test_loss_weighs_clean_and_adversarial_alike():
         ({"gamma": 1.5}, "gamma in"),
         ({"start": 0.0}, "start above 0"),
         ({"n_rounds": 1}, "n_rounds 1 of discriminator 'd' need a round_attack, got none"),
+        (
+            {"n_rounds": 1, "round_attack": Attack(SumReg(), SignStep())},
+            "round_attack of discriminator 'd' needs a step: give one to SignStep",
+        ),
+        (
+            {"n_rounds": 1, "round_attack": Attack(SumReg(), PGDStep(), projection=Linf())},
+            "round_attack of discriminator 'd' needs a radius: give one to Linf",
+        ),
         ({"attack": Attack(SumReg(), SignStep())}, "must be vanilla and untargeted"),
         ({"attack": Attack(Vanilla(), SignStep(0.1), projection=Linf())}, "which the step must follow"),
         (
