@@ -2,21 +2,25 @@
 
     python scripts/reproduce_concealed_attack.py --folder data/ucr --out runs/attack_table
     python scripts/reproduce_concealed_attack.py --folder data/ucr --sets GunPoint --networks ResCNN --seeds 0
+    python scripts/reproduce_concealed_attack.py --folder data/ucr --table configs/concealed_attack/table.csv
 
 For each cell (set, network, seed) the official training series are cut into folds. On each fold a classifier and its
 discriminators are trained without it, and every attack runs its grid on it; a configuration and iteration are chosen by
 the mean of F over the folds, ties to the smaller step. The chosen attacks then run on the test series against the
 models of every fold, and the figures are means over these. Every cell is a file in OUT, with all that the reports of
-its folds hold, and is not done again (delete OUT after a change of code). Printed are the time of each cell, a row for
-each pair of set and network, in how many of these concealment is ahead, and a row for each attack.
+its folds hold, and is not done again (delete OUT after a change of code). TABLE keeps the figures of cells, a row for
+each attack: those in it are not done either, and new ones are added. Printed are the time of each cell, a row for each
+pair of set and network, in how many of these concealment is ahead, and a row for each attack.
 """
 
 import argparse
+import csv
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,12 @@ N_STEPS, N_FOLDS, N_LEVELS = 50, 2, 5
 STEPS, RADII, ALPHAS = (0.005, 0.05), (0.1, 1.0), (0.01, 0.1, 1.0)
 VANILLA_STEPS, VANILLA_RADII = (0.002, 0.01, 0.05), (0.05, 0.25, 1.0)
 HARMONIC_STEPS, HARMONIC_RADII, SMOOTH_RADII = (0.005, 0.03), (0.25, 1.0), (0.05, 0.5)
+
+
+Place = tuple[str, str, int]
+"""Set, network and seed of a cell."""
+
+CELL_COLUMNS, CHOSEN = ("set", "network", "seed", "seconds", "attack"), ("step", "radius", "alpha", "iteration")
 
 
 def plans() -> list[AttackPlan]:
@@ -247,6 +257,33 @@ def summary(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def read_table(file: Path) -> dict[Place, dict[str, Any]]:
+    """Cells of a table, without the reports of their folds; none where there is no file."""
+    cells: dict[Place, dict[str, Any]] = {}
+    for row in csv.DictReader(StringIO(file.read_text(encoding="utf-8") if file.is_file() else "")):
+        name, network, seed, seconds, attack = (row.pop(key) for key in CELL_COLUMNS)
+        values = {key: float(value) if value else None for key, value in row.items()}
+        cell = cells.setdefault((name, network, int(seed)), {"attacks": {}, "chosen": {}, "seconds": float(seconds)})
+        cell["chosen"][attack] = {key: values.pop(key) for key in CHOSEN}
+        cell["attacks"][attack] = values
+    return cells
+
+
+def write_table(file: Path, cells: Mapping[Place, Mapping[str, Any]]) -> None:
+    """A row for each cell and attack, six digits a figure, nothing where a figure is not resolvable."""
+    text = StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    for place in sorted(cells):
+        cell = cells[place]
+        for attack, figures in cell["attacks"].items():
+            if text.tell() == 0:
+                lines.writerow([*CELL_COLUMNS, *CHOSEN, *figures])
+            values = [*(cell["chosen"][attack][key] for key in CHOSEN), *figures.values()]
+            shown = ["" if value is None else f"{value:.6g}" for value in values]
+            lines.writerow([*place, f"{cell['seconds']:.0f}", attack, *shown])
+    write_whole(file, text.getvalue())
+
+
 def _mean(spread: dict[str, Any] | None) -> float | None:
     return None if spread is None else spread["mean"]
 
@@ -318,13 +355,19 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--table", type=Path, help="CSV of cells that need not be done; new ones are added")
     options = parser.parse_args()
     wanted = [(name, network, s) for s in options.seeds for name in options.sets for network in options.networks]
+    done = read_table(options.table) if options.table else {}
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for name, network, seed in tqdm(wanted, file=sys.stderr):
-        result = cell(options.folder, options.out, name, network, seed)
-        print(f"{name}, {network}, seed {seed}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
-        cells.setdefault((name, network), []).append(result)
+    for place in tqdm(wanted, file=sys.stderr):
+        if place not in done:
+            done[place] = cell(options.folder, options.out, *place)
+            if options.table:
+                write_table(options.table, done)
+        name, network, seed = place
+        print(f"{name}, {network}, seed {seed}: {done[place]['seconds']:.0f} s", file=sys.stderr, flush=True)
+        cells.setdefault((name, network), []).append(done[place])
     print("\n".join([*overview(cells), "", *verdict(cells), "", *table(cells)]))
 
 
