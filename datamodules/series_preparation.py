@@ -120,19 +120,24 @@ def _shuffled_by_class(labels: Ints, seed: int) -> tuple[Ints, Ints, Ints]:
 def z_norm_ddof(series: Array, mask: Mask) -> int | None:
     """Whether series are normalised one by one: ``|mean| < 1e-4`` and ``|std - 1| < 1e-3`` in each channel of each.
 
+    A constant channel, whose std no division can make 1, must have that mean and says nothing of the std.
+
     Args:
         series: ``(N, T, C)``, 0 where the mask is false.
         mask: ``(N, T)``.
 
     Returns:
         1 if the std is that of a sample (the form of the archive), 0 if it is that of a population, None if the
-        series are not normalised. If both hold, as for long series, the closer one.
+        series are not normalised or all constant. If both hold, as for long series, the closer one.
     """
     mean, squares, lengths = _moments(series, mask)
     if not (np.abs(mean) < _LARGEST_MEAN).all():
         return None
+    varies = ~_is_constant(series, mask)
+    if not varies.any():
+        return None
     # A series of one step has no sample std.
-    errors = {ddof: np.abs(np.sqrt(squares / np.maximum(lengths - ddof, 1)) - 1).max() for ddof in (1, 0)}
+    errors = {ddof: np.abs(np.sqrt(squares / np.maximum(lengths - ddof, 1)) - 1)[varies].max() for ddof in (1, 0)}
     closer = min(errors, key=lambda ddof: errors[ddof])
     return closer if errors[closer] < _LARGEST_STD_ERROR else None
 
@@ -146,10 +151,14 @@ def z_normed(series: Array, mask: Mask) -> Array:
     """
     mean, squares, lengths = _moments(series, mask)
     filled = mask[..., None]
-    constant = ((series == series[:, :1]) | ~filled).all(axis=1, keepdims=True)
-    # Whether a channel is constant, its values tell exactly; their mean and std are rounding.
+    constant = _is_constant(series, mask)
     std = np.where(constant, 1, np.sqrt(squares / np.maximum(lengths - 1, 1)))
     return np.where(filled & ~constant, (series - mean) / std, 0)
+
+
+def _is_constant(series: Array, mask: Mask) -> Mask:
+    """``(N, 1, C)``: its values tell exactly, their mean and std are rounding."""
+    return ((series == series[:, :1]) | ~mask[..., None]).all(axis=1, keepdims=True)
 
 
 def pooled_moments(series: Array, mask: Mask) -> tuple[Array, Array]:

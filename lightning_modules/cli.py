@@ -40,7 +40,7 @@ from lightning_modules.run_folder import (
 # Facts that the data knows and the model needs. A model that has no such argument ignores the link.
 LINKS = (
     *("n_items", "max_length", "recommend_seen", "target", "item_counts"),
-    *("n_channels", "n_classes", "n_steps", "class_names", "is_z_normed"),
+    *("n_channels", "n_classes", "n_steps", "class_names", "z_norm_ddof"),
     *("vocabulary_sizes", "n_numeric", "median_gap"),
 )
 # Module that is missing -> extra that brings it.

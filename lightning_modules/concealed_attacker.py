@@ -81,7 +81,8 @@ class ConcealedAttacker(LightningModule):
         n_classes: K.
         n_steps: T.
         class_names: Names of the classes.
-        is_z_normed: Whether series are z-normed one by one, as the two-statistics judge needs.
+        z_norm_ddof: n - ``z_norm_ddof`` is in the std of series that are z-normed one by one, None where they are not:
+            the two-statistics judge reads it.
         classifier: Factory of the attacked network.
         victim: Arguments of :func:`lightning_modules.attacks.load_victim` in place of a classifier trained here.
         classifier_epochs: Epochs of the classifier, 0 with a victim.
@@ -112,7 +113,7 @@ class ConcealedAttacker(LightningModule):
         n_classes: int,
         n_steps: int,
         class_names: Any = None,
-        is_z_normed: bool = False,
+        z_norm_ddof: int | None = None,
         discriminators: list[DiscriminatorPlan],
         attacks: list[AttackPlan],
         classifier: NetworkFactory = ResCNN,
@@ -149,7 +150,7 @@ class ConcealedAttacker(LightningModule):
         self.facts = facts
         self.n_classes = n_classes
         self.class_names = tuple(class_names) if class_names is not None else tuple(map(str, range(n_classes)))
-        self.is_z_normed = bool(is_z_normed)
+        self.z_norm_ddof = z_norm_ddof
         self.plans, self.attacks = list(discriminators), list(attacks)
         self.predict_attack = predict_attack or chosen_names[-1]
         self.classifier_epochs = 0 if victim else classifier_epochs
@@ -209,7 +210,7 @@ class ConcealedAttacker(LightningModule):
         ]
 
     def _fresh_panel(self) -> list[Judge]:
-        return [judge for judge, _ in fresh_panel(self.is_z_normed, self.fitted_judges)]
+        return [judge for judge, _ in fresh_panel(self.z_norm_ddof, self.fitted_judges)]
 
     def forward(self, series: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits of the classifier.
@@ -537,7 +538,7 @@ class ConcealedAttacker(LightningModule):
         judges: list[tuple[Judge, Role]] = []
         for role in get_args(Role):
             judges += [(judge, role) for judge in self._network_judges(role)]
-        for judge, role in fresh_panel(self.is_z_normed, self.fitted_judges):
+        for judge, role in fresh_panel(self.z_norm_ddof, self.fitted_judges):
             if isinstance(judge, FittedJudge):
                 judge.load_state(found["judges"][judge.name])
             judges.append((judge, role))

@@ -158,7 +158,7 @@ def fit(folder: Path, name: str, network: str, seed: int, fold: int) -> tuple[Co
         n_classes=data.n_classes,
         n_steps=data.n_steps,
         class_names=data.class_names,
-        is_z_normed=data.is_z_normed,
+        z_norm_ddof=data.z_norm_ddof,
         classifier=NETWORKS[network],
         classifier_epochs=for_classifier,
         discriminators=discriminators(network, for_discriminators, seed),

@@ -36,12 +36,13 @@ Series = Mapping[str, Tensor]
 """``series (n, T, C)``, ``mask (n, T)``, ``labels (n,)``, ``index (n,)``."""
 
 
-def fresh_panel(is_z_normed: bool, fitted: bool = True) -> list[tuple[Judge, Role]]:
+def fresh_panel(z_norm_ddof: int | None, fitted: bool = True) -> list[tuple[Judge, Role]]:
     """Judges that are no networks, not yet fitted, with their roles.
 
     Args:
-        is_z_normed: Whether series are z-normed one by one: then two statistics always judge (T7), with ties, and in
-            their strict form beside the panel, for that one reads float32 rounding too.
+        z_norm_ddof: n - ``z_norm_ddof`` is in the std of series that are z-normed one by one, None where they are not.
+            Where they are, two statistics always judge (T7), with ties, and in their strict form beside the panel, for
+            that one reads float32 rounding too.
         fitted: Whether judges that are fitted to clean training series are among them.
     """
     judges: list[tuple[Judge, Role]] = []
@@ -51,8 +52,11 @@ def fresh_panel(is_z_normed: bool, fitted: bool = True) -> list[tuple[Judge, Rol
             (NearestNeighbourJudge(), "held_out"),
             (OneClassJudge(), "held_out"),
         ]
-    if is_z_normed:
-        judges += [(TwoStatisticsJudge(), "held_out"), (TwoStatisticsJudge("strict two statistics", tie=0), "beside")]
+    if z_norm_ddof is not None:
+        judges += [
+            (TwoStatisticsJudge(ddof=z_norm_ddof), "held_out"),
+            (TwoStatisticsJudge("strict two statistics", tie=0, ddof=z_norm_ddof), "beside"),
+        ]
     return judges
 
 

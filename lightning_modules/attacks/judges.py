@@ -105,12 +105,12 @@ def _checked(series: Tensor, mask: Tensor | None, n_channels: int | None = None)
     return values, mask
 
 
-def _moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean ``(B, C)``, deviation with n - 1 ``(B, C)`` (0 for one step), and centred ``(B, T, C)``, zero if padded."""
+def _moments(values: Tensor, mask: Tensor, ddof: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean ``(B, C)``, deviation over n - ddof ``(B, C)`` (0 for one step), centred ``(B, T, C)``, zero if padded."""
     n_steps = mask.sum(1)[:, None].double()
     mean = values.sum(1) / n_steps
     centred = (values - mean[:, None]).masked_fill(~mask[..., None], 0.0)
-    return mean, (centred.square().sum(1) / (n_steps - 1).clamp(min=1)).sqrt(), centred
+    return mean, (centred.square().sum(1) / (n_steps - ddof).clamp(min=1)).sqrt(), centred
 
 
 def series_statistics(series: Tensor, mask: Tensor | None = None, n_bands: int = 8, n_fft: int | None = None) -> Tensor:
@@ -194,7 +194,7 @@ class NetworkJudge:
 
 
 class TwoStatisticsJudge:
-    """The two-line detector of z-normalised sets (T7): ``max(|mean|, |std - 1|)`` over channels, std with n - 1.
+    """The two-line detector of z-normalised sets (T7): ``max(|mean|, |std - 1|)`` over channels.
 
     Scores below ``tie`` are 0 and so equal: they lie within the archive's own rounding, and a detector that reads them
     reads float32 arithmetic (the strict form, ``tie`` 0). Not applicable to sets that are not z-normalised series by
@@ -203,15 +203,19 @@ class TwoStatisticsJudge:
     Args:
         name: Name in reports.
         tie: Scores below it are ties, at least 0; 0 keeps them all.
+        ddof: The std is over n - ``ddof``, as that which the series were divided by: 1, the form of the archive, or 0,
+            that of scikit-learn, whose clean series would all score ``sqrt(n / (n - 1)) - 1`` otherwise.
 
     Raises:
-        ValueError: If ``tie`` is below 0.
+        ValueError: If ``tie`` is below 0 or ``ddof`` neither 0 nor 1.
     """
 
-    def __init__(self, name: str = "two statistics", tie: float = ARCHIVE_ROUNDING) -> None:
+    def __init__(self, name: str = "two statistics", tie: float = ARCHIVE_ROUNDING, ddof: int = 1) -> None:
         if tie < 0:
             raise ValueError(f"tie must be at least 0, got {tie}")
-        self.name, self.tie = name, tie
+        if ddof not in (0, 1):
+            raise ValueError(f"ddof must be 0 or 1, got {ddof}")
+        self.name, self.tie, self.ddof = name, tie, ddof
         self.provenance = {"architecture": "two statistics"}
 
     def score(self, series: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -220,7 +224,8 @@ class TwoStatisticsJudge:
         Raises:
             ValueError: If the shapes disagree or a value is not finite.
         """
-        mean, deviation, _ = _moments(*_checked(series, mask))
+        values, mask = _checked(series, mask)
+        mean, deviation, _ = _moments(values, mask, self.ddof)
         found = torch.maximum(mean.abs(), (deviation - 1).abs()).amax(1)
         return torch.where(found < self.tie, 0.0, found)
 

@@ -35,7 +35,7 @@ def attacker():
         n_channels=1,
         n_classes=2,
         n_steps=24,
-        is_z_normed=True,
+        z_norm_ddof=1,
         classifier=res_cnn,
         classifier_epochs=3,
         discriminators=[

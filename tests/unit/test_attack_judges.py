@@ -211,6 +211,19 @@ def test_two_statistics_of_the_archive(real_data, name):
     assert float(detector_auc(strict.score(clean), strict.score(hidden))) > 0.8
 
 
+def test_two_statistics_read_the_deviation_that_series_were_divided_by():
+    """Of a set normalised with n, an attack that shrinks a series to a sample deviation of 1 must not look cleanest."""
+    raw = torch.randn(6, 24, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    centred = raw - raw.mean(1, keepdim=True)
+    for ddof in (0, 1):
+        clean = centred / raw.std(1, correction=ddof, keepdim=True)
+        other = centred / raw.std(1, correction=1 - ddof, keepdim=True)
+        judge = TwoStatisticsJudge(ddof=ddof)
+        assert judge.score(clean).tolist() == [0.0] * 6
+        torch.testing.assert_close(judge.score(other), torch.full((6,), abs((24 / 23) ** (ddof - 0.5) - 1)).double())
+    assert {judge.ddof for judge, _ in fresh_panel(0, fitted=False)} == {0}
+
+
 class Wave(nn.Module):
     """A victim whose gradient differs from step to step of a series, as that of a network does."""
 
@@ -240,16 +253,16 @@ def test_an_attack_on_the_manifold_is_a_tie_to_two_statistics(real_data, name, b
 
 
 def test_two_statistics_judge_z_normed_series_whatever_else_does():
-    roles = {judge.name: (role, getattr(judge, "tie", None)) for judge, role in fresh_panel(True, fitted=False)}
+    roles = {judge.name: (role, getattr(judge, "tie", None)) for judge, role in fresh_panel(1, fitted=False)}
     assert roles == {"two statistics": ("held_out", 1e-6), "strict two statistics": ("beside", 0)}
-    fitted = [judge.name for judge, role in fresh_panel(False) if role == "held_out"]
+    fitted = [judge.name for judge, role in fresh_panel(None) if role == "held_out"]
     assert fitted == ["statistics", "nearest neighbour", "one-class SVM"]
-    assert [judge.name for judge, _ in fresh_panel(True)] == [*fitted, *roles]
-    assert fresh_panel(False, fitted=False) == []
+    assert [judge.name for judge, _ in fresh_panel(1)] == [*fitted, *roles]
+    assert fresh_panel(None, fitted=False) == []
 
 
 def test_fitted_judges_tell_the_split_they_learnt_from():
-    for judge, _ in fresh_panel(False):
+    for judge, _ in fresh_panel(None):
         assert judge.provenance == {"architecture": judge.name, "data_split": "train"}
 
 
@@ -407,6 +420,7 @@ HOLE[1, 1] = torch.inf
         (lambda: FITTED_NEIGHBOUR.score(torch.ones(2, 40, 1)), r"series must be \(B, T, 2\), got shape \(2, 40, 1\)"),
         (lambda: OneClassJudge(nu=0.0), r"nu must lie in \(0, 1\], got 0.0"),
         (lambda: TwoStatisticsJudge(tie=-1.0), "tie must be at least 0, got -1.0"),
+        (lambda: TwoStatisticsJudge(ddof=2), "ddof must be 0 or 1, got 2"),
     ],
 )
 def test_bad_input_ends_in_one_line(call, message):

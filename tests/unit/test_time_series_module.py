@@ -229,6 +229,17 @@ def test_constant_channels_become_zero_instead_of_rounding_blown_up():
     assert (std.tolist(), mean.tolist()) == ([1], [pytest.approx(0.1)])
 
 
+def test_a_constant_series_does_not_hide_that_the_others_are_normalised():
+    series, mask = np.random.default_rng(0).normal(size=(5, 30, 2)), np.ones((5, 30), dtype=bool)
+    series[1, :, 0] = 7.0
+    normed = z_normed(series, mask)
+    assert not normed[1, :, 0].any()
+    assert z_norm_ddof(normed, mask) == 1
+    normed[1, :, 0] = 7.0
+    assert z_norm_ddof(normed, mask) is None, "its mean is not 0"
+    assert z_norm_ddof(np.zeros_like(series), mask) is None, "nothing tells the std"
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
