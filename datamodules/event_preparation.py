@@ -24,6 +24,9 @@ NumericTransform = Literal["none", "signed_log"]
 FOREVER = 2**63 - 1
 """A time after every event."""
 
+CLOCKS = tuple(DAY // parts for parts in (1, 24, 1440, 86_400, 86_400_000, DAY))
+"""Ticks of the clocks that a log may have been written by, in microseconds: a day, hour, minute, s, ms, us."""
+
 UNKNOWN = 1
 """Id of a category that training does not have; 0 is padding."""
 
@@ -84,6 +87,7 @@ class EventLog:
         test_start: T2 of the time split, else ``FOREVER``.
         n_before: Least own events before a query.
         observed_until: End of the observation, exclusive; None is the first microsecond after the last event.
+        clock: ``tick``, where it is known; None is what the training events tell.
     """
 
     offsets: Ints
@@ -100,6 +104,7 @@ class EventLog:
     test_start: int
     n_before: int
     observed_until: int | None = None
+    clock: int | None = None
 
     @property
     def n_users(self) -> int:
@@ -110,6 +115,19 @@ class EventLog:
     def end(self) -> int:
         """End of the observation, exclusive: by default the first microsecond after the last event."""
         return int(self.times.max()) + 1 if self.observed_until is None else self.observed_until
+
+    @cached_property
+    def tick(self) -> int:
+        """Microseconds between two time stamps of the log's clock: the largest of ``CLOCKS`` that divides them all.
+
+        An event stamped t may have happened at any moment of [t, t + tick). Divided are differences of stamps, so that
+        midnights of any zone with a fixed offset from UTC are days; with summer time they are hours. The stamps are
+        those of training, as for every statistic: where later ones are finer, the tick is longer than it need be.
+        """
+        if self.clock is not None:
+            return self.clock
+        common = int(np.gcd.reduce(np.diff(self.times[self.train_rows])))
+        return next(tick for tick in CLOCKS if common % tick == 0)
 
     @cached_property
     def users(self) -> Ints:
@@ -163,7 +181,7 @@ class EventLog:
         return round(days * DAY)
 
     def part(self, users: Ints, stop: int) -> tuple["EventLog", Ints]:
-        """The events before ``stop`` of some users, as a log of the same observation; and who still has any.
+        """The events before ``stop`` of some users, as a log of the same observation and clock; and who still has any.
 
         Args:
             users: ``(n,)``, increasing.
@@ -187,6 +205,7 @@ class EventLog:
             user_folds=self.user_folds[kept],
             user_words=self.user_words[kept],
             observed_until=self.end,
+            clock=self.tick,  # fewer stamps might look like those of a coarser one
         ), kept
 
 
@@ -269,8 +288,8 @@ def prepare_events(files: Sequence[Path], users_path: Path | None, settings: Eve
     )
 
 
-def open_log(folder: CacheFolder, settings: EventSettings, n_before: int) -> EventLog:
-    """The log of a prepared folder."""
+def open_log(folder: CacheFolder, settings: EventSettings, n_before: int, clock: int | None = None) -> EventLog:
+    """The log of a prepared folder; ``n_before`` and ``clock`` as in :class:`EventLog`."""
     texts = folder.ids("item_ids").to_list()
     limits = np.concatenate([[0], np.cumsum(folder.facts["name_counts"])]).astype(int)
     columns = settings.columns
@@ -289,6 +308,7 @@ def open_log(folder: CacheFolder, settings: EventSettings, n_before: int) -> Eve
         validation_start=moment(settings.validation_start),
         test_start=moment(settings.test_start),
         n_before=n_before,
+        clock=clock,
     )
 
 

@@ -8,14 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.event_preparation import EventLog, Ints
-from datamodules.event_targets import ONE_MICROSECOND, EventTarget, Pairs, QueryRule, Scope
+from datamodules.event_targets import EventTarget, Pairs, QueryRule, Scope
 
 
 class EveryNthEvent(QueryRule):
-    """One microsecond after a user's ``first``-th event, and after each ``step``-th from there.
+    """At the next tick of the log's clock after a user's ``first``-th event, and after each ``step``-th from there.
 
     The ends of the published windows, 32 events with a step of 16. Several at one time are one query, which knows all
-    events of that time.
+    events of that time. With ``reference_mode`` it is one microsecond after the event: with inclusive ties the context
+    then is the published one.
 
     Args:
         first: Events before the first query, at least 1.
@@ -36,7 +37,7 @@ class EveryNthEvent(QueryRule):
         users = log.users
         place = np.arange(len(users)) - log.offsets[users] + 1
         ends = (place >= self.first) & ((place - self.first) % self.step == 0)
-        users, times = users[ends], log.times[ends] + ONE_MICROSECOND
+        users, times = users[ends], log.times[ends] + log.tick
         new = np.ones(len(users), dtype=bool)
         new[1:] = (users[1:] != users[:-1]) | (times[1:] != times[:-1])
         return users[new], times[new]

@@ -22,6 +22,7 @@ from datamodules.event_batches import (
     query_tensors,
 )
 from datamodules.event_preparation import (
+    CLOCKS,
     FOREVER,
     EventLog,
     EventSettings,
@@ -43,6 +44,8 @@ NO_PROOF = (
 )
 """Sentence that goes with every report of label checks."""
 
+_FORMAT = 2  # part of the cache's key: raised when the arrays of events change in meaning
+
 logger = logging.getLogger(__name__)
 
 
@@ -57,8 +60,8 @@ class EventSequencesDataModule(LightningDataModule):
       ``labels (B,)`` with ``TailWindows``.
     * Validation, test and predict: one batch. ``events`` (``categorical (E, F) int64``, ids 0 padding, 1 unknown,
       2.. by falling frequency in training; ``numeric (E, M) float32``; ``times (E,)``; ``offsets (U + 1,)``; maybe
-      ``groups (U,)``), ``user_ids``, ``queries`` by target (``users``, ``times``, ``labels (Q,) int64``, ``fold (Q,)
-      int8``, ``n_classes``, ``scope``, ``outcome_dependent``, ``description``), ``context_users (n,)``,
+      ``groups (U,)``, -1 for none), ``user_ids``, ``queries`` by target (``users``, ``times``, ``labels (Q,) int64``,
+      ``fold (Q,) int8``, ``n_classes``, ``scope``, ``outcome_dependent``, ``description``), ``context_users (n,)``,
       ``train_stop``, ``split``, ``feature_names``, ``category_names`` of the first categorical feature.
 
     Splits. ``users``: a seeded hash of the id, or ``fold_column``, puts each user in one fold; the validation batch
@@ -92,7 +95,8 @@ class EventSequencesDataModule(LightningDataModule):
         users_join_column: Column of user ids there; None is ``user_column``.
         label_columns: Columns of static labels there.
         local_label_columns: Columns of labels of single events.
-        group_column: Column with one value a user; a context may leave out a user's own group.
+        group_column: Column with one value a user, an empty cell being no group; a context may leave out a user's own
+            group.
         fold_column: Column of ``train``, ``validation``, ``test``, one for each user; user split.
         split: By ``users`` or by ``time``.
         validation_fraction: Of the users, in [0, 1).
@@ -103,7 +107,8 @@ class EventSequencesDataModule(LightningDataModule):
         sampler: What training batches are; None is no training.
         targets: Name -> what is asked.
         reference_mode: Whether rules whose time depends on the outcome, and labels that do, are allowed; they are
-            marked.
+            marked. Rules that follow an event ask one microsecond after it, as published, and not at the next tick of
+            the log's clock.
         batch_size: Users, or queries of ``TailWindows``, in a training batch and process.
         num_workers: Worker processes of training.
         seed: Of the folds.
@@ -112,9 +117,9 @@ class EventSequencesDataModule(LightningDataModule):
         cache_dir: Folder of the cache.
 
     Raises:
-        ValueError: If an argument is out of its range, a label is also a feature, a rule or label says that it depends
-            on the outcome without ``reference_mode``; on first use, if the files cannot serve, or a rule asks at other
-            moments where later events are cut off.
+        ValueError: If an argument is out of its range, a label is also a feature or decides groups, folds or order, a
+            rule or label says that it depends on the outcome without ``reference_mode``; on first use, if the files
+            cannot serve, or a rule asks at other moments where later events are cut off or labels are exchanged.
         FileNotFoundError: On first use, if no file matches.
     """
 
@@ -188,7 +193,8 @@ class EventSequencesDataModule(LightningDataModule):
             _date("max_time", max_time)
         targets, numeric = targets or {}, numeric or []
         labels, local_labels = label_columns or [], local_label_columns or []
-        _check_labels([*categorical, *numeric], [*labels, *local_labels], derived or {})
+        roles = {"group_column": group_column, "order_column": order_column, "fold_column": fold_column}
+        _check_labels([*categorical, *numeric], roles, [*labels, *local_labels], derived or {})
         _check_targets(targets, labels, local_labels, reference_mode)
         if labels and users_path is None:
             raise ValueError(f"label_columns are read from users_path, got {labels} without it")
@@ -230,6 +236,7 @@ class EventSequencesDataModule(LightningDataModule):
         self._min_events = min_events
         self._sampler = sampler
         self._targets = targets
+        self._local_labels = tuple(local_labels)
         self._reference_mode = reference_mode
         self._batch_size = batch_size
         self._num_workers = num_workers
@@ -370,6 +377,7 @@ class EventSequencesDataModule(LightningDataModule):
             self._cache_dir.mkdir(parents=True, exist_ok=True)
             settings = {
                 "kind": "events",
+                "format": _FORMAT,
                 "content": content_digests(files, self._cache_dir),
                 "users": content_digests([users], self._cache_dir) if users is not None else None,
                 # The order of the files orders ties; sorted digests do not tell it.
@@ -381,7 +389,8 @@ class EventSequencesDataModule(LightningDataModule):
 
     def _events_log(self) -> EventLog:
         if self._log is None:
-            self._log = open_log(self._folder(), self._settings, self._min_events)
+            clock = CLOCKS[-1] if self._reference_mode else None
+            self._log = open_log(self._folder(), self._settings, self._min_events, clock)
         return self._log
 
     def _asked(self) -> Queries:
@@ -389,7 +398,7 @@ class EventSequencesDataModule(LightningDataModule):
             log, settings = self._events_log(), self._settings
             found = {name: target.queries(log) for name, target in self._targets.items()}
             for name, queries in found.items():
-                by_outcome = asks_by_outcome(self._targets[name].rule, log)
+                by_outcome = asks_by_outcome(self._targets[name].rule, log, self._local_labels)
                 if by_outcome is not None and not self._reference_mode:
                     raise ValueError(f"target {name!r}: {by_outcome}")
                 queries["outcome_dependent"] |= by_outcome is not None
@@ -446,7 +455,9 @@ def _summary(queries: dict[str, Any]) -> dict[str, Any]:
     return {name: queries[name] for name in kept} | {"folds": by_fold}
 
 
-def _check_labels(features: list[str], labels: list[str], derived: dict[str, str]) -> None:
+def _check_labels(
+    features: list[str], roles: dict[str, str | None], labels: list[str], derived: dict[str, str]
+) -> None:
     both = [name for name in labels if name in features]
     if both:
         raise ValueError(f"column {both[0]!r} is a label and a feature; a label must not be seen")
@@ -457,6 +468,10 @@ def _check_labels(features: list[str], labels: list[str], derived: dict[str, str
             raise ValueError(f"derived feature {name!r} = {text!r} is computed from {used[0]!r}, {told[used[0]]}")
         if used:
             told[name] = "which is computed from a label"
+    for role, column in roles.items():
+        if column in told:
+            what = told[column].removeprefix("which is ")
+            raise ValueError(f"{role} {column!r} is {what}; a label must not decide what is seen")
     twice = sorted({name for name in features if features.count(name) > 1})
     if twice:
         raise ValueError(f"feature {twice[0]!r} is named twice in categorical and numeric")

@@ -3,6 +3,12 @@
 A query (u, t) knows the user's own events with time < t. A horizon of h days asks about (t, t + h]. So an event at
 exactly t is in neither: at t it is not yet known, and a label that counted it would be about the present.
 
+An event stamped t may have happened at any moment until the next tick of the log's clock (``EventLog.tick``): on a log
+of dates, at any hour of the day. Rules that follow an event therefore ask at that next tick, when whatever carries the
+same stamp has happened. Moments that the user sets, by a delay or date, are taken as they are: one inside a tick sees
+all of it. With ``reference_mode`` rules ask one microsecond after the event: the release asks at the event and includes
+ties, and included at the next tick would be what happens then.
+
 A query rule must not be a function of the label. "Just before the deciding event" is one: it tells that something is
 decided next. Such rules, and labels that look at the end of a history, exist for reproduction alone
 (``reference_mode``, :mod:`datamodules.event_published`) and mark what was asked by them.
@@ -26,7 +32,6 @@ from datamodules.sources.events import MISSING
 Scope = Literal["global", "local", "next"]
 Pairs = tuple[Ints, Ints]
 
-ONE_MICROSECOND = 1
 INSTEAD = "ask AfterFirstEvent, AfterDelay, CalendarDates or RandomTimes, or reproduce with reference_mode"
 """What errors say to somebody whose rule depends on the outcome."""
 
@@ -44,11 +49,15 @@ class QueryRule(ABC):
 
 
 class AfterFirstEvent(QueryRule):
-    """One microsecond after each user's first event, so that all events of that moment are known."""
+    """At the next tick of the log's clock after each user's first event: a day later on a log of dates.
+
+    All events of that stamp, those of others too, have then happened and are known; with ``reference_mode`` it is one
+    microsecond after the event.
+    """
 
     def pairs(self, log: EventLog) -> Pairs:
         """One query a user."""
-        return np.arange(log.n_users), log.times[log.offsets[:-1]] + ONE_MICROSECOND
+        return np.arange(log.n_users), log.times[log.offsets[:-1]] + log.tick
 
 
 class AfterDelay(QueryRule):
@@ -123,7 +132,8 @@ class CalendarDates(QueryRule):
 class RandomTimes(QueryRule):
     """Moments drawn evenly between a user's first event and the end of the file.
 
-    By time they are drawn in each period for itself, so that those of training do not move with what comes later.
+    They lie whole ticks of the log's clock after that event, with ``reference_mode`` whole microseconds. By time they
+    are drawn in each period for itself, so that those of training do not move with what comes later.
 
     Args:
         per_user: Moments of each user and period, at least 1.
@@ -142,14 +152,16 @@ class RandomTimes(QueryRule):
         """``per_user`` queries a user and period."""
         users = np.repeat(np.arange(log.n_users), self.per_user)
         number = np.tile(np.arange(self.per_user), log.n_users)
-        first = log.times[log.offsets[users]] + ONE_MICROSECOND
+        first = log.times[log.offsets[users]]
         limits = [int(first.min()), *((log.validation_start, log.test_start) if log.by_time else ()), log.end]
         found_users, found_times = [], []
         for period, (start, stop) in enumerate(pairwise(limits)):
-            earliest = np.maximum(first, start)
+            # In ticks after the first event, both rounded up.
+            least, stopped = np.maximum(1, -((first - start) // log.tick)), -((first - stop) // log.tick)
             words = chain(self.seed, Purpose.SLOT, log.user_words[users], number, period)
-            moments = earliest + (words.astype(np.float64) / 2**64 * (stop - earliest)).astype(np.int64)
-            asked = earliest < stop
+            drawn = least + (words.astype(np.float64) / 2**64 * (stopped - least)).astype(np.int64)
+            moments = first + drawn * log.tick
+            asked = least < stopped
             found_users.append(users[asked])
             found_times.append(moments[asked])
         return np.concatenate(found_users), np.concatenate(found_times)
@@ -170,13 +182,16 @@ class AtEvents(QueryRule):
 
 
 class LastEvent(QueryRule):
-    """One microsecond after each user's last event: it knows that nothing follows. Only with ``reference_mode``."""
+    """One tick after each user's last event, with ``reference_mode``, which it needs, a microsecond.
+
+    It knows that nothing follows.
+    """
 
     depends_on_outcome = True
 
     def pairs(self, log: EventLog) -> Pairs:
         """One query a user."""
-        return np.arange(log.n_users), log.times[log.offsets[1:] - 1] + ONE_MICROSECOND
+        return np.arange(log.n_users), log.times[log.offsets[1:] - 1] + log.tick
 
 
 class EventTarget(ABC):
@@ -490,6 +505,8 @@ class StaticLabel(EventTarget):
 class LocalLabel(EventTarget):
     """The label that the file gives to the user's last event before t.
 
+    By time, queries whose labelled event lies in an earlier period than t are dropped: its label is one of that period.
+
     Args:
         rule: When it is asked.
         column: One of ``local_label_columns``.
@@ -528,7 +545,8 @@ class LocalLabel(EventTarget):
         names = [name for name in log.names[self.column] if name != MISSING]
         place = np.array([names.index(name) if name != MISSING else -1 for name in log.names[self.column]])
         row = log.before(users, times) - 1
-        return np.where(row >= log.offsets[users], place[log.codes[self.column][row]], -1), len(names)
+        same = log.folds(users, log.times[row], times, disjoint_users=False) >= 0
+        return np.where((row >= log.offsets[users]) & same, place[log.codes[self.column][row]], -1), len(names)
 
 
 def _place_in_group(groups: NDArray[np.integer], words: Words) -> Ints:

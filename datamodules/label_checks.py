@@ -2,12 +2,13 @@
 
 A feature that is filled in after the outcome tells it, and so does a query time that depends on it. A high AUC is a
 suspicion, a low one no proof: a leak may need two features, or an order of events. A rule that asks at other moments
-when later events are cut off is no suspicion: its times are functions of what comes after them.
+when later events are cut off, or when users exchange their labels, is no suspicion: its times are functions of them.
 
 Source: kernel_attention.md, section 15.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ CUTS = (0.25, 0.5, 0.75)
 """Quantiles of the event times at which the log is cut off to see whether a rule looks ahead."""
 
 _MOST_USERS_CUT = 2000
+_N_EXCHANGES = 3
 _MOST_CLASSES = 10
 _N_AGES = 4
 
@@ -38,16 +40,18 @@ Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
-def asks_by_outcome(rule: QueryRule, log: EventLog) -> str | None:
-    """Why the times of a rule are functions of what comes after them; None if that was not found.
+def asks_by_outcome(rule: QueryRule, log: EventLog, local_labels: Sequence[str] = ()) -> str | None:
+    """Why the times of a rule are functions of labels or of what comes after them; None if that was not found.
 
     The rule is asked on the log, and on the log without the events from some moments on, of at most 2000 users spread
     over all: its queries before such a moment must be the same. The end of the observation is no outcome and stays as
-    it is. What a rule does between these moments is not seen.
+    it is. What a rule does between these moments is not seen. Then it is asked on logs whose users, and whose events,
+    have exchanged their labels at random: all its queries must be the same. Where a label is missing it stays so.
 
     Args:
         rule: When users are asked; one that declares itself to depend on the outcome is not looked at.
         log: The events.
+        local_labels: Columns of ``log.codes`` that are labels; all of ``log.static`` are.
 
     Returns:
         One line.
@@ -57,15 +61,14 @@ def asks_by_outcome(rule: QueryRule, log: EventLog) -> str | None:
     chosen = np.unique(np.linspace(0, log.n_users - 1, min(log.n_users, _MOST_USERS_CUT)).astype(np.int64))
     whole, kept = log.part(chosen, FOREVER)
     asked_users, asked_times = rule.pairs(whole)
+    asked = _set_of(asked_users, asked_times)
     for cut in np.unique(np.quantile(whole.times, CUTS, method="nearest")).tolist():
         known, still = whole.part(np.arange(len(kept)), cut)
         if not len(still):
             continue
         users, times = rule.pairs(known)
-        before, before_whole = times < cut, asked_times < cut
-        found = set(zip(still[users[before]].tolist(), times[before].tolist(), strict=True))
-        expected = set(zip(asked_users[before_whole].tolist(), asked_times[before_whole].tolist(), strict=True))
-        moved = found ^ expected
+        before = times < cut
+        moved = _set_of(still[users[before]], times[before]) ^ {pair for pair in asked if pair[1] < cut}
         if moved:
             at = min(time for _, time in moved)
             return (
@@ -73,7 +76,34 @@ def asks_by_outcome(rule: QueryRule, log: EventLog) -> str | None:
                 f"off ({len(moved)} queries, the first at {_text(at)}): its times are functions of what comes after "
                 f"them and may tell the label; {INSTEAD}"
             )
+    labels = [*whole.static, *local_labels]
+    for seed in range(_N_EXCHANGES if labels else 0):
+        moved = asked ^ _set_of(*rule.pairs(_with_labels_exchanged(whole, local_labels, np.random.default_rng(seed))))
+        if moved:
+            at = min(time for _, time in moved)
+            return (
+                f"{type(rule).__name__} asks at other moments when the labels {', '.join(labels)} are exchanged "
+                f"({len(moved)} queries, the first at {_text(at)}): its times are functions of the label; {INSTEAD}"
+            )
     return None
+
+
+def _set_of(users: Ints, times: Ints) -> set[tuple[int, int]]:
+    return set(zip(users.tolist(), times.tolist(), strict=True))
+
+
+def _with_labels_exchanged(log: EventLog, local_labels: Sequence[str], rng: np.random.Generator) -> EventLog:
+    def exchanged(codes: NDArray[Any], missing: int) -> NDArray[Any]:
+        known, codes = codes != missing, codes.copy()
+        codes[known] = rng.permutation(codes[known])
+        return codes
+
+    local = {
+        name: exchanged(log.codes[name], log.names[name].index(MISSING) if MISSING in log.names[name] else -1)
+        for name in local_labels
+    }
+    static = {name: exchanged(labels, -1) for name, labels in log.static.items()}
+    return replace(log, static=static, codes=log.codes | local)
 
 
 def _text(moment: int) -> str:

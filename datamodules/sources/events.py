@@ -52,7 +52,7 @@ class EventColumns:
         texts: Columns read as categories, an empty cell being the category ``<missing>``.
         numbers: Columns read as numbers, an empty cell being NaN.
         required_numbers: Those of ``numbers`` in which no cell may be empty.
-        group: Column that is one value for each user, or None.
+        group: Column that is one value for each user, or None; an empty cell is no group.
         fold: Column of ``train``, ``validation``, ``test``, one for each user, or None.
         derived: (name, SQL expression) of columns that are computed from the others.
         where: SQL conditions on single rows, derived columns included; a row is kept if all are true.
@@ -98,7 +98,7 @@ class EventTable:
         codes: ``(E, len(texts)) int32`` place in ``names``.
         names: For each column of ``codes`` its distinct texts, increasing.
         numbers: ``(E, len(numbers)) float64``, NaN where missing, else finite.
-        groups: ``(U,) int64`` number of each user's group, or None.
+        groups: ``(U,) int64`` number of each user's group from 0, -1 for a user without one, or None.
         folds: ``(U,) int8`` 0 train, 1 validation, 2 test, or None.
         counts: Rows read, kept, duplicates.
     """
@@ -156,7 +156,10 @@ def read_events(paths: Sequence[Path], columns: EventColumns) -> EventTable:
     numbers = np.empty((frame.height, len(columns.numbers)))
     for place in range(len(columns.numbers)):
         numbers[:, place] = frame[f"number {place}"].fill_null(np.nan).to_numpy()
-    groups = None if columns.group is None else _dense(_of_user(frame, paths, "group", columns.group, offsets))
+    groups = None
+    if columns.group is not None:
+        said = _of_user(frame, paths, "group", columns.group, offsets).replace({"": None, MISSING: None})
+        groups = (said.rank("dense").cast(pl.Int64) - 1).fill_null(-1).to_numpy()
     return EventTable(
         user_ids=frame["user"].gather(offsets[:-1]).alias("user_id"),
         offsets=offsets,
@@ -208,7 +211,8 @@ def _read(path: Path, columns: EventColumns) -> tuple[pl.DataFrame, int]:
         chosen["order"] = as_integer(path, columns.order, schema[columns.order], _for_times(columns))
     for ours, theirs in (("group", columns.group), ("fold", columns.fold)):
         if theirs is not None:
-            chosen[ours] = pl.col(theirs).cast(pl.String)
+            # As the file says it: as a number two long ids would be one.
+            chosen[ours] = said.get(theirs, pl.col(theirs)).cast(pl.String)
     chosen |= {f"text {place}": pl.col(name).cast(pl.String) for place, name in enumerate(columns.texts)}
     for place, name in enumerate(columns.numbers):
         if not (schema[name].is_numeric() or schema[name] in (pl.String, pl.Boolean, pl.Null)):
@@ -218,15 +222,15 @@ def _read(path: Path, columns: EventColumns) -> tuple[pl.DataFrame, int]:
     with _reading(path):
         frame = rows.filter(kept).select(_ROW, **chosen).collect(engine="streaming")
 
-    def refuse(theirs: str, row: int | None, reason: str) -> None:
+    def refuse(theirs: str, row: int | None, reason: str, where_missing: str = "") -> None:
         if row is not None:
             cell = said.get(theirs, pl.col(theirs)).alias("said")
             value = rows.filter(pl.col(_ROW) == row).select(cell).collect().item()
-            told = "is missing" if value is None else f"{str(value)!r} {reason}"
+            told = f"is missing{where_missing}" if value is None else f"{str(value)!r} {reason}"
             raise ValueError(f"{path}: column {theirs!r}, row {row}: {told}")
 
-    def refuse_kept(ours: str, theirs: str, wrong: pl.Expr, reason: str) -> None:
-        refuse(theirs, frame.filter(wrong)[_ROW].min(), reason)  # type: ignore[arg-type]
+    def refuse_kept(ours: str, theirs: str, wrong: pl.Expr, reason: str, where_missing: str = "") -> None:
+        refuse(theirs, frame.filter(wrong)[_ROW].min(), reason, where_missing)  # type: ignore[arg-type]
 
     for name, source in said.items():
         # Over all rows: a condition on what cannot be read is no reason to leave the row out.
@@ -236,7 +240,8 @@ def _read(path: Path, columns: EventColumns) -> tuple[pl.DataFrame, int]:
             unread = pl.col(name).is_not_null() & pl.col(name).cast(pl.Float64, strict=False).is_null()
             refuse(name, _first(path, rows, kept & unread), "is not a number")
     refuse_kept("user", columns.user, pl.col("user").is_null(), "is missing")
-    refuse_kept("time", columns.time, pl.col("time").is_null(), f"cannot be read as a time; {_WHY_ABSOLUTE}")
+    why = f"; {_WHY_ABSOLUTE}"
+    refuse_kept("time", columns.time, pl.col("time").is_null(), f"cannot be read as a time{why}", where_missing=why)
     if not columns.relative_times:
         reason = f"lies before 1971 and looks relative; {_WHY_ABSOLUTE} (relative_times: true allows it)"
         refuse_kept("time", columns.time, pl.col("time") < _FIRST_ABSOLUTE, reason)

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from tqdm import tqdm
 from lightning_modules.networks.series_network import MaskedBatchNorm, last_valid_step, require_at_least_one
 
 MICROSECONDS_PER_DAY = 86_400e6
+UNKNOWN = 1
+"""Id of a category that training does not have; 0 is padding."""
+
 CHUNK_STEPS = 128
 """Steps of a recurrent encoder between two looks at which users have ended, in :func:`encode_table`."""
 
@@ -31,6 +34,10 @@ class EventEmbedding(nn.Module):
     One eps_f is drawn a forward pass and shared by the whole batch. Statistics of BN are those of unpadded steps;
     padded steps come out as 0, whatever stands there.
 
+    A table in whose column no step of training was unknown never learned what that means: its row there is a draw of
+    initialisation, and in evaluation unknown ids are embedded as 0. Weights of checkpoints that do not tell are taken
+    as they are.
+
     Args:
         vocabulary_sizes: Ids of each categorical feature, 0 (padding) and 1 (unknown) included.
         n_numeric: M.
@@ -41,6 +48,7 @@ class EventEmbedding(nn.Module):
 
     Attributes:
         d_out: Sum of the widths, plus M, plus 1 with ``time_gaps``.
+        met_unknown: ``(F,) bool`` buffer, whether a forward pass in training met an unknown id.
 
     Raises:
         ValueError: If a size is out of range or there is no feature.
@@ -80,6 +88,8 @@ class EventEmbedding(nn.Module):
         self.tables = nn.ModuleList(
             nn.Embedding(n_ids, width, padding_idx=0) for n_ids, width in zip(vocabulary_sizes, widths, strict=True)
         )
+        self.met_unknown: Tensor
+        self.register_buffer("met_unknown", torch.zeros(len(widths), dtype=torch.bool))
         n_normed = n_numeric + time_gaps
         self.norm = MaskedBatchNorm(n_normed) if n_normed else None
         self.d_out = sum(widths) + n_normed
@@ -93,10 +103,16 @@ class EventEmbedding(nn.Module):
         padding = ~batch["mask"].unsqueeze(-1)
         categorical = batch["categorical"].masked_fill(padding, 0)
         self._check(categorical, batch["numeric"])
+        unknown = categorical == UNKNOWN
+        if self.training:
+            self.met_unknown |= unknown.flatten(0, 1).any(0)
         parts = []
         for feature, table in enumerate(self.tables):
             embedded = table(categorical[..., feature])
-            if self.training and self.noise:
+            if not self.training:
+                not_learned = unknown[..., feature] & ~self.met_unknown[feature]
+                embedded = embedded.masked_fill(not_learned.unsqueeze(-1), 0.0)
+            elif self.noise:
                 embedded = embedded + self.noise * torch.randn_like(embedded[0, 0])
             parts.append(embedded)
         if self.norm is not None:
@@ -106,6 +122,10 @@ class EventEmbedding(nn.Module):
             numeric = numeric.masked_fill(padding, 0.0)
             parts.append(self.norm(numeric.transpose(1, 2), batch["mask"]).transpose(1, 2))
         return torch.cat(parts, -1).masked_fill(padding, 0.0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        state_dict.setdefault(f"{prefix}met_unknown", torch.ones_like(self.met_unknown))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @staticmethod
     def _gaps(batch: Mapping[str, Tensor]) -> Tensor:

@@ -101,10 +101,50 @@ def test_embedding_is_tables_and_normalised_numbers_side_by_side(training):
     tables = [
         table.weight.detach()[events["categorical"][:, feature]] for feature, table in enumerate(embedding.tables)
     ]
+    if not training:  # no step of training was unknown
+        tables = [table * (events["categorical"][:, [feature]] != 1) for feature, table in enumerate(tables)]
     expected = torch.cat([*tables, torch.from_numpy(numbers)], 1)
     # float64 sums of ten numbers of order 1
     torch.testing.assert_close(found.detach()[batch["mask"]], expected, rtol=0, atol=1e-12)
     assert not found[~batch["mask"]].any()
+
+
+def test_an_unknown_category_is_zero_unless_training_met_one():
+    torch.manual_seed(0)
+    embedding = EventEmbedding([5, 4], 0, d_embedding=3, noise=0.0)
+    unknown = {
+        "categorical": torch.tensor([[[1, 1], [2, 3]]]),
+        "numeric": torch.zeros(1, 2, 0),
+        "mask": torch.ones(1, 2, dtype=torch.bool),
+    }
+    first = unknown | {"categorical": torch.tensor([[[1, 2], [2, 3]]])}
+    embedding(unknown | {"categorical": torch.tensor([[[3, 2], [2, 3]]])})
+    assert not embedding.eval()(unknown)[0, 0].any()
+    drawn = [table.weight[1].clone() for table in embedding.tables]
+    embedding.train()(first)  # unknown in the first column alone
+    found = embedding.eval()(unknown)[0]
+    assert torch.equal(found[0, :3], drawn[0])
+    assert not found[0, 3:].any()
+    assert torch.equal(found[1], torch.cat([embedding.tables[0].weight[2], embedding.tables[1].weight[3]]))
+    embedding.eval()(unknown)
+    assert embedding.met_unknown.tolist() == [True, False]
+    padded_away = first | {"mask": torch.tensor([[True, False]]), "categorical": torch.tensor([[[2, 2], [1, 1]]])}
+    embedding.train()(padded_away)
+    assert embedding.met_unknown.tolist() == [True, False]
+
+
+def test_weights_that_do_not_tell_whether_unknown_was_met_are_taken_as_they_are():
+    torch.manual_seed(0)
+    encoder = RecurrentEncoder(vocabulary_sizes=VOCABULARIES, n_numeric=2, d_model=6)
+    weights = encoder.state_dict()
+    twin = RecurrentEncoder(vocabulary_sizes=VOCABULARIES, n_numeric=2, d_model=6)
+    twin.load_state_dict(weights)
+    assert not twin.embedding.met_unknown.any()
+    old = {name: value for name, value in weights.items() if not name.endswith("met_unknown")}
+    assert len(old) == len(weights) - 1
+    twin.load_state_dict(old)
+    assert twin.embedding.met_unknown.all()
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in old.items())
 
 
 def test_noise_is_one_vector_a_batch_and_only_in_training():

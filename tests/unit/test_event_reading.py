@@ -181,7 +181,7 @@ BAD = {
     "wrong column": ({}, {"user": "usr"}, "no column 'usr' (user_column), nearest: user"),
     "wrong feature": ({}, {"texts": ("kid",)}, "no column 'kid' (categorical), nearest: kind"),
     "missing user": ({"user": ["1", ""]}, {}, "column 'user', row 2: is missing"),
-    "missing time": ({"time": ["", "2020-01-02"]}, {}, "column 'time', row 1: is missing"),
+    "missing time": ({"time": ["", "2020-01-02"]}, {}, "column 'time', row 1: is missing; times must be absolute"),
     "relative text": (
         {"time": ["2020-01-01", "12 days before"]},
         {},
@@ -248,6 +248,20 @@ def test_empty_and_damaged_files(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing of the kind")
     with pytest.raises(ValueError, match=r"bad.parquet: cannot be read"):
         read_events([tmp_path / "bad.parquet"], columns())
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_users_without_a_group_are_in_none_and_long_numbers_stay_apart(tmp_path, suffix):
+    # Two neighbours beyond 2^53 are one number in float64.
+    ids, groups = [9_007_199_254_740_992, 9_007_199_254_740_993, 3, 4, 5], [2**53, 2**53 + 1, None, 2**53, None]
+    frame = pl.DataFrame({"user": ids, "time": ["2020-01-01"] * 5, "kind": "a", "amount": 1.0, "g": groups})
+    path = tmp_path / f"e.{suffix}"
+    frame.write_csv(path) if suffix == "csv" else frame.write_parquet(path)
+    table = read_events([path], columns(group="g", where=("g IS NULL OR g > 0",)))
+    assert table.user_ids.to_list() == sorted(ids)
+    assert dict(zip(table.user_ids, table.groups.tolist(), strict=True)) == dict(
+        zip(ids, [0, 1, -1, 0, -1], strict=True)
+    )
 
 
 def test_ids_of_csv_files_stay_text_where_a_zero_leads(tmp_path):

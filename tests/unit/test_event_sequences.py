@@ -369,6 +369,44 @@ def test_a_rule_that_looks_ahead_undeclared_is_refused_or_marked(module):
     assert queries["outcome_dependent"] is True
 
 
+class ByLabel(QueryRule):
+    """After 10 or 40 days, by a label of the user; it does not say so."""
+
+    def pairs(self, log):
+        return np.arange(log.n_users), log.times[log.offsets[:-1]] + np.where(log.static["age"] == 1, 10, 40) * DAY
+
+
+class ByPastLabel(QueryRule):
+    """After the events that have one local label; it does not say so."""
+
+    def pairs(self, log):
+        rows = np.flatnonzero(log.codes["local"] == 1)
+        return log.users[rows], log.times[rows] + 1
+
+
+@pytest.mark.parametrize("rule", [ByLabel(), ByPastLabel()], ids=lambda rule: type(rule).__name__)
+def test_a_rule_that_reads_a_label_is_refused_or_marked(module, folder, rule):
+    arguments = {
+        "users_path": str(folder / "users.csv"),
+        "label_columns": ["age"],
+        "local_label_columns": ["local"],
+        "duplicates": "keep",
+        "targets": {"x": StaticLabel(rule, "age")},
+    }
+    with pytest.raises(ValueError, match=r"target 'x': By.* when the labels age, local are exchanged"):
+        module(**arguments).setup("test")
+    queries = whole(module(reference_mode=True, **arguments).test_dataloader())["queries"]["x"]
+    assert queries["outcome_dependent"] is True
+
+
+def test_with_reference_mode_rules_ask_a_microsecond_after_the_event(module):
+    targets = {"churn": NoEventWithin(AfterFirstEvent(), 5)}
+    for reference_mode, after in ((False, DAY // 24), (True, 1)):  # events are stamped by whole hours
+        batch = whole(module(targets=targets, reference_mode=reference_mode).test_dataloader())
+        queries, offsets = batch["queries"]["churn"], batch["events"]["offsets"]
+        assert (queries["times"] - batch["events"]["times"][offsets[queries["users"]]]).unique().tolist() == [after]
+
+
 def test_labels_made_from_the_end_of_a_history_need_reference_mode(module, folder):
     windows = EveryNthEvent(5, 4)
     labels = {
@@ -503,6 +541,14 @@ BAD = {
     "derived feature 'g' = 'f + 1' is computed from 'f', which is computed from a label": {
         "numeric": ["g"],
         "derived": {"f": "local * 2", "g": "f + 1"},
+        "local_label_columns": ["local"],
+    },
+    "group_column 'local' is a label; a label must not": {"group_column": "local", "local_label_columns": ["local"]},
+    "order_column 'local' is a label": {"order_column": "local", "local_label_columns": ["local"]},
+    "fold_column 'age' is a label": {"fold_column": "age", "label_columns": ["age"], "users_path": "users.csv"},
+    "group_column 'f' is computed from a label": {
+        "group_column": "f",
+        "derived": {"f": "local * 2"},
         "local_label_columns": ["local"],
     },
     "derived 'f': 'local *' is no SQL expression": {"derived": {"f": "local *"}},

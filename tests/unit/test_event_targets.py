@@ -90,7 +90,7 @@ def test_an_unknown_value_names_the_nearest():
 
 
 def test_rules_ask_when_they_say():
-    log = log_of([[(1, "a", 1), (1, "b", 1), (4.5, "a", 1)], [(2, "a", 1), (30, "a", 1)], LONG])
+    log = log_of([[(1, "a", 1), (1, "b", 1), (4.5, "a", 1)], [(2, "a", 1), (30, "a", 1)], LONG], clock=1)
     users, times = AfterFirstEvent().pairs(log)
     assert (times - START).tolist() == [DAY + 1, 2 * DAY + 1, 1]
     assert log.before(users, times).tolist() == [2, 4, 6]
@@ -107,6 +107,60 @@ def test_rules_ask_when_they_say():
     assert (times > log.times[log.offsets[users]]).all()
     assert (times < log.end).all()
     assert len(np.unique(times)) == 9
+
+
+HOUR = DAY // 24
+SECOND = 10**6
+
+
+@pytest.mark.parametrize(
+    ("moments", "tick"),
+    [
+        ([0, DAY, 9 * DAY], DAY),
+        ([9 * HOUR, DAY + 9 * HOUR], DAY),  # midnights of Tokyo
+        ([0, DAY, 9 * DAY + HOUR], HOUR),
+        ([0, 90 * 60 * SECOND], 60 * SECOND),
+        ([7 * SECOND, 8 * SECOND], SECOND),
+        ([0, SECOND // 2], 1000),
+        ([0, 1], 1),
+        ([DAY + 1], DAY),
+    ],
+)
+def test_the_tick_is_the_largest_unit_that_divides_all_stamps(moments, tick):
+    log = log_of([[(0, "a", 1)] * len(moments)], times=START + np.array(moments))
+    assert log.tick == tick
+
+
+@pytest.mark.parametrize("rule", [AfterFirstEvent(), EveryNthEvent(1, 1), LastEvent(), RandomTimes(3)])
+@pytest.mark.parametrize("unit", [DAY, 60 * SECOND, 1])
+def test_rules_that_follow_an_event_ask_when_all_of_its_stamp_has_happened(rule, unit):
+    """Events are stamped by the beginning of their day or minute: a strict query must not see one that is to come."""
+    rng = np.random.default_rng(5)
+    truly = np.sort(rng.integers(0, 40 * unit, (30, 8)), axis=1)  # within the tick, which the log does not tell
+    log = log_of([[(0, "a", 1)] * 8 for _ in range(30)], times=START + (truly // unit * unit).ravel())
+    assert log.tick == unit
+    users, times = rule.pairs(log)
+    visible = log.times < times[:, None]
+    assert visible.any(1).all()
+    assert not (visible & (START + truly.ravel() >= times[:, None])).any()
+    if not isinstance(rule, RandomTimes):
+        own = log.before(users, times) - 1
+        assert (times - log.times[own] == unit).all()
+
+
+def test_a_part_of_a_log_keeps_its_clock_and_rules_on_it_pass():
+    sequences = [[(0.0, "a", 1), (3.0, "a", 1), (60 + user / 1440, "a", 1)] for user in range(40)]
+    log = log_of(sequences)
+    assert log.tick == 60 * SECOND
+    part, _ = log.part(np.arange(40), START + 50 * DAY)
+    assert part.tick == 60 * SECOND  # its own stamps are days
+    assert asks_by_outcome(AfterFirstEvent(), log) is None
+
+
+def test_the_tick_does_not_know_what_comes_after_training():
+    log = log_of([[(1, "a", 1), (9, "a", 1), (40, "a", 1), (70.3, "a", 1)], LONG], limits=(25, 60))
+    assert log.tick == DAY
+    assert log_of([[(1, "a", 1), (9.3, "a", 1), (40, "a", 1)], LONG], limits=(25, 60)).tick < DAY
 
 
 def test_random_times_cover_the_time_evenly():
@@ -155,6 +209,16 @@ def test_labels_of_the_file():
     # the event at exactly day 2 is not yet known at day 2
     assert asked(queries) == {(0, 1.5): 1, (0, 2.0): 1, (0, 2.5): 2}
     assert queries["n_classes"] == 3
+
+
+@pytest.mark.parametrize("limits", [None, (6, 12)])
+def test_by_time_a_local_label_is_asked_in_the_period_of_its_event(limits):
+    log = log_of([[(2, "a", 1), (8, "b", 1), (13, "c", 1)], [(3, "b", 1)], LONG], limits=limits)
+    queries = LocalLabel(CalendarDates(dates=dates(4, 7, 9, 12.5, 14)), "kind").queries(log)
+    everything = {(0, 4.0): 0, (0, 7.0): 0, (0, 9.0): 1, (0, 12.5): 1, (0, 14.0): 2, (1, 4.0): 1, (1, 7.0): 1}
+    everything |= {(1, 9.0): 1, (1, 12.5): 1, (1, 14.0): 1} | {(2, day): 0 for day in (4.0, 7.0, 9.0, 12.5, 14.0)}
+    kept = [(0, 4.0), (0, 9.0), (0, 14.0), (1, 4.0), (2, 4.0)]
+    assert asked(queries) == (everything if limits is None else {pair: everything[pair] for pair in kept})
 
 
 def test_limits_draw_the_same_queries_again():
@@ -301,6 +365,29 @@ class OfThoseWhoComeBack(QueryRule):
         return users, log.times[log.offsets[users]] + 1
 
 
+class ByStaticLabel(QueryRule):
+    """Earlier for users with one label; it does not say so."""
+
+    def pairs(self, log):
+        return np.arange(log.n_users), log.times[log.offsets[:-1]] + np.where(log.static["churn"] == 1, 10, 40) * DAY
+
+
+class ByPastLabel(QueryRule):
+    """After the first event, but only users whose first event has one label."""
+
+    def pairs(self, log):
+        users = np.flatnonzero(log.codes["kind"][log.offsets[:-1]] == 1)
+        return users, log.times[log.offsets[users]] + 1
+
+
+class OfThoseWithALabel(QueryRule):
+    """After the first event, users who have a label."""
+
+    def pairs(self, log):
+        users = np.flatnonzero(log.static["churn"] >= 0)
+        return users, log.times[log.offsets[users]] + 1
+
+
 CAUSAL = [
     AfterFirstEvent(),
     AfterDelay(12),
@@ -330,6 +417,27 @@ def test_rules_that_look_ahead_are_found_out_though_they_do_not_say_so(rule):
     assert "\n" not in line
 
 
+def labelled():
+    """Static labels without any relation to the events, some missing."""
+    rng = np.random.default_rng(2)
+    static = {"churn": np.random.default_rng(8).integers(-1, 2, 401)}
+    return log_of(churners(rng), static=static, static_names={"churn": ["no", "yes"]})
+
+
+@pytest.mark.parametrize("rule", [ByStaticLabel(), ByPastLabel()], ids=lambda rule: type(rule).__name__)
+def test_rules_that_read_a_label_are_found_out(rule):
+    line = asks_by_outcome(rule, labelled(), ["kind"])
+    assert line.startswith(f"{type(rule).__name__} asks at other moments when the labels churn, kind are exchanged (")
+    assert "\n" not in line
+
+
+def test_what_is_no_label_is_not_exchanged():
+    log = labelled()
+    assert asks_by_outcome(ByPastLabel(), log) is None  # the kind of a past event is known
+    for rule in (OfThoseWithALabel(), *CAUSAL):
+        assert asks_by_outcome(rule, log, ["kind"]) is None
+
+
 def test_a_declared_rule_is_not_looked_at():
     assert asks_by_outcome(LastEvent(), log_of(churners(np.random.default_rng(2)))) is None
 
@@ -347,7 +455,7 @@ def test_a_part_of_a_log_is_that_of_its_events():
 
 
 def test_windows_end_after_every_nth_event():
-    log = log_of([[(day, "a", 1) for day in (1, 2, 2, 2, 3, 4, 5)], [(9, "b", 1)], LONG])
+    log = log_of([[(day, "a", 1) for day in (1, 2, 2, 2, 3, 4, 5)], [(9, "b", 1)], LONG], clock=1)
     users, times = EveryNthEvent(first=2, step=2).pairs(log)
     # the second and the fourth event are of one time, the sixth is of day 4
     assert users.tolist() == [0, 0, 2]
