@@ -13,7 +13,7 @@ Source: spec of the concealed attack, section 5.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,7 +24,7 @@ from lightning_modules.attacks.frozen_networks import Network, frozen, pass_rows
 from lightning_modules.attacks.gradients import choose
 from lightning_modules.attacks.objectives import Objective
 from lightning_modules.attacks.projections import Projection, Strength, per_series
-from lightning_modules.attacks.run import Evaluation, Networks, Run
+from lightning_modules.attacks.run import Evaluation, Networks, Run, check_series
 from lightning_modules.attacks.series_noise import SeriesNoise
 from lightning_modules.attacks.steppers import Stepper
 
@@ -157,7 +157,8 @@ class Attack:
             surrogate: Gives the gradients in place of the victim, which only scores: black-box transfer.
             mask: ``(B, T) bool`` valid steps; padded ones never change.
             index: ``(B,) int64`` number of each series, to which its noise belongs; default 0..B-1.
-            weights: ``(B,) float`` at least 0, weight of each series' objective; 0 leaves the series alone.
+            weights: ``(B,) float`` at least 0, weight of each series' objective; a series of weight 0 stays clean, to
+                the last bit and in every iterate, whatever the stepper, the start and the constraints.
             generator: Gives the seed where the attack is random, by one draw; or the seed itself, in 0..2^62 - 1. None
                 takes torch's default generator.
             stop: Number of the iterate to return, for all or ``(B,) int64`` for each series; the run goes on to N.
@@ -184,6 +185,9 @@ class Attack:
         size = batch_size if batch_size is not None else len(x) if self.couples_batch else pass_rows(x)
         if size < 1 or (self.couples_batch and size < len(x)):
             raise ValueError(f"batch_size must be at least 1, all {len(x)} where series are coupled, got {size}")
+        # Padding may hold anything: a norm over a series with NaN in it is NaN, and such a ball would hold nobody.
+        given, known = x, x.isfinite()
+        x = x if bool(known.all()) else torch.where(known, x, 0.0)
         networks = (model, model if surrogate is None else surrogate, detectors)
         roles = ("classifier", "surrogate", *["detector"] * len(detectors))
         for network, role in zip((*networks[:2], *detectors), roles, strict=True):
@@ -193,7 +197,7 @@ class Attack:
             "y": y,
             "mask": mask,
             "index": torch.arange(len(x), device=x.device) if index is None else index.to(x.device),
-            "weights": weights,
+            "weights": None if weights is None else weights.to(x.device),
             "stop": stop,
             "step": step,
             "alpha": alpha,
@@ -204,7 +208,11 @@ class Attack:
             for start in range(0, len(x), size):
                 chunk = {name: _rows(value, start, size) for name, value in everything.items()}
                 parts.append(self._attack(networks, seed, keep_iterates, **chunk))
-        return AttackResult.join(parts)
+        result = AttackResult.join(parts)
+        if x is given:
+            return result
+        iterates = None if result.iterates is None else torch.where(known, result.iterates, given)
+        return replace(result, x_adv=torch.where(known, result.x_adv, given), iterates=iterates)
 
     def _attack(
         self,
@@ -287,20 +295,7 @@ class Attack:
         radius: Strength | None,
         stop: int | Tensor | None,
     ) -> None:
-        if x.ndim != 3 or 0 in x.shape or not x.is_floating_point():
-            raise ValueError(f"x must be floating of shape (B, T, C), each at least 1, got {tuple(x.shape)} {x.dtype}")
-        if y.shape != x.shape[:1] or y.dtype != torch.int64:
-            raise ValueError(f"y must be int64 of shape ({len(x)},), got {tuple(y.shape)} {y.dtype}")
-        if mask is not None:
-            if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-                raise ValueError(f"mask must be bool of shape {(*x.shape[:2],)}, got {(*mask.shape,)} {mask.dtype}")
-            if not bool(mask.any(dim=1).all()):
-                row = int((~mask.any(dim=1)).nonzero()[0])
-                raise ValueError(f"mask must leave each series a valid step, got none for series {row}")
-        finite = x.isfinite().all(dim=2) if mask is None else x.isfinite().all(dim=2) | ~mask
-        if not bool(finite.all()):
-            row, time = (~finite).nonzero()[0].tolist()
-            raise ValueError(f"x must be finite, got {x[row, time].tolist()} in series {row} at step {time}")
+        check_series(x, y, mask)
         if index is not None and (index.shape != y.shape or index.dtype != torch.int64):
             raise ValueError(f"index must be int64 of shape ({len(x)},), got {tuple(index.shape)} {index.dtype}")
         if weights is not None:

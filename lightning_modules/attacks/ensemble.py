@@ -14,7 +14,8 @@ from torch import Tensor
 from lightning_modules.attacks.apgd import APGD
 from lightning_modules.attacks.class_losses import decisions
 from lightning_modules.attacks.engine import Attack, AttackResult
-from lightning_modules.attacks.frozen_networks import Network, confidence
+from lightning_modules.attacks.frozen_networks import Network, confidence, logits_of
+from lightning_modules.attacks.gradients import choose
 from lightning_modules.attacks.objectives import Vanilla
 from lightning_modules.attacks.projections import Linf
 from lightning_modules.attacks.searches import SquareSearch
@@ -33,7 +34,8 @@ class EnsembleResult:
     """Worst case over attacks.
 
     Attributes:
-        x_adv: ``(B, T, C) float`` of the first attack that fooled the victim, else of the first attack.
+        x_adv: ``(B, T, C) float`` of the first attack that fooled the victim, else the clean series where it is
+            misclassified, else of the first attack.
         fooled: ``(B,) bool`` by any attack, series misclassified from the start included.
         fooled_by: ``{attack: (B,) bool}`` by the point each attack returned.
         flags: One line for each sign of an evaluation that overstates robustness; empty when there is none.
@@ -46,7 +48,7 @@ class EnsembleResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of series that no attack turned."""
+        """Share of series that were classified right and that no attack turned."""
         return 1 - self.fooled.double().mean().item()
 
 
@@ -99,14 +101,16 @@ def run_ensemble(
         if attack.targeted:
             raise ValueError(f"the ensemble counts series that leave their class, and attack {name!r} is targeted")
     results = {name: attack(model, x, y, generator=generator, **call) for name, attack in attacks.items()}
-    joined, fooled, fooled_by = x.detach().clone(), torch.zeros_like(y, dtype=torch.bool), {}
-    for position, (name, result) in enumerate(results.items()):
-        rows = torch.arange(len(y), device=y.device)
+    # by the clean series themselves: an attack may begin elsewhere
+    clean = logits_of(model, x, call.get("mask"), batch_size=call.get("batch_size") or 1024)
+    wrong, rows = decisions(clean) != y, torch.arange(len(y), device=y.device)
+    joined = choose(wrong, x.detach(), next(iter(results.values())).x_adv)
+    turned, fooled_by = torch.zeros_like(wrong), {}
+    for name, result in results.items():
         fooled_by[name] = decisions(result.logits[result.chosen, rows]) != y
-        takes = fooled_by[name] & ~fooled if position else torch.ones_like(fooled)
-        joined = torch.where(takes[:, None, None], result.x_adv, joined)
-        fooled = fooled | fooled_by[name]
-    return EnsembleResult(joined, fooled, fooled_by, sanity_flags(attacks, results, y))
+        joined = choose(fooled_by[name] & ~turned, result.x_adv, joined)
+        turned = turned | fooled_by[name]
+    return EnsembleResult(joined, wrong | turned, fooled_by, sanity_flags(attacks, results, y))
 
 
 def sanity_flags(attacks: Mapping[str, Attack], results: Mapping[str, AttackResult], y: Tensor) -> list[str]:

@@ -87,13 +87,27 @@ def call(network: Network, x: Tensor, mask: Tensor | None) -> Tensor:
     return network(x) if taken is None else network(x, mask=taken)
 
 
-def _modules(networks: Iterable[Network]) -> Iterator[nn.Module]:
+def modules_of(networks: Iterable[Network]) -> Iterator[nn.Module]:
+    """Every module of the networks once, those of the programs that a :class:`Victim` holds included.
+
+    Args:
+        networks: Any networks; what is no ``nn.Module`` has none.
+    """
     seen: set[int] = set()
-    for network in networks:
+    waiting = list(networks)
+    for network in waiting:
         for module in network.modules() if isinstance(network, nn.Module) else ():
             if id(module) not in seen:
                 seen.add(id(module))
+                waiting += getattr(module, "unregistered_programs", ())
                 yield module
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    """Whether it calls cuDNN's recurrent layers: a layer, one in TorchScript, or an exported graph with one."""
+    if isinstance(module, torch.fx.GraphModule):
+        return any(str(node.target).startswith(("aten.lstm", "aten.gru", "aten.rnn")) for node in module.graph.nodes)
+    return isinstance(module, nn.RNNBase) or getattr(module, "original_name", None) in ("LSTM", "GRU", "RNN")
 
 
 @contextmanager
@@ -101,19 +115,19 @@ def frozen(networks: Iterable[Network], device: torch.device) -> Iterator[None]:
     """Evaluation mode, no gradient for any parameter; afterwards, also after an exception, everything as before.
 
     Restored are the train flag of every submodule, ``requires_grad`` of every parameter, and every buffer that was
-    written or replaced. ``.grad`` is never touched. Autograd works inside even where the caller is in ``no_grad`` or
-    ``inference_mode``. The backward of cuDNN's recurrent layers refuses evaluation mode: cuDNN is off while a network
-    on CUDA contains one.
+    written or replaced, also in the program of a :class:`Victim`. ``.grad`` is never touched. Autograd works inside
+    even where the caller is in ``no_grad`` or ``inference_mode``. The backward of cuDNN's recurrent layers refuses
+    evaluation mode: cuDNN is off while a network on CUDA contains one.
 
     Args:
         networks: Classifier, detectors, surrogate; one may occur twice.
         device: Where the series lie.
     """
-    modules = list(_modules(networks))
+    modules = list(modules_of(networks))
     with ExitStack() as undo:
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
-        if device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in modules):
+        if device.type == "cuda" and any(map(_is_recurrent, modules)):
             undo.enter_context(torch.backends.cudnn.flags(enabled=False))
         for module in modules:
             # set flag by flag: train() and eval() may be overridden to do more, such as merging weights

@@ -13,6 +13,8 @@ from torch import Tensor
 from lightning_modules.attacks.class_losses import decisions, logit_margin
 from lightning_modules.attacks.frozen_networks import Network, call, frozen, taken_mask
 from lightning_modules.attacks.gradients import gradient
+from lightning_modules.attacks.run import check_series
+from lightning_modules.attacks.victims import check_outputs, check_shape
 
 
 @dataclass
@@ -31,17 +33,23 @@ class MinimumNormResult:
 
 
 @contextmanager
-def _victim(model: Network, x: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-    if x.ndim != 3 or not x.is_floating_point() or (mask is not None and mask.shape != x.shape[:2]):
-        raise ValueError(f"x must be floating of shape (B, T, C) with a mask (B, T) or None, got {tuple(x.shape)}")
+def _victim(
+    model: Network, x: Tensor, y: Tensor, mask: Tensor | None
+) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    check_series(x, y, mask)
     with frozen([model], x.device):
         taken = taken_mask(model, mask, "classifier")
         clean, valid = x.detach().clone(), None if taken is None else taken.clone()
+        with torch.no_grad():
+            logits = call(model, clean.clone(), valid)
+        check_shape(logits, len(x), "classifier")
+        check_outputs(model, clean, valid, logits, "classifier", y)
         yield clean, lambda point: call(model, point, valid)
 
 
-def _result(found: Tensor, clean: Tensor, fooled: Tensor) -> MinimumNormResult:
-    return MinimumNormResult(found, fooled, torch.linalg.vector_norm(found - clean, dim=(1, 2)))
+def _result(found: Tensor, clean: Tensor, fooled: Tensor, mask: Tensor | None) -> MinimumNormResult:
+    delta = found - clean if mask is None else (found - clean).masked_fill(~mask[..., None], 0.0)
+    return MinimumNormResult(found, fooled, torch.linalg.vector_norm(delta, dim=(1, 2)))
 
 
 class DeepFool:
@@ -76,9 +84,10 @@ class DeepFool:
             mask: ``(B, T) bool`` or None; padded steps never change.
 
         Raises:
-            ValueError: If ``x`` or ``mask`` has a wrong shape, or series are padded and the victim takes no mask.
+            ValueError: If ``x``, ``y`` or ``mask`` has a wrong shape, dtype or value, series are padded and the victim
+                takes no mask, or its outputs on the clean series are not finite logits.
         """
-        with _victim(model, x, mask) as (clean, logits_at):
+        with _victim(model, x, y, mask) as (clean, logits_at):
             labels = y.clone()
             current, moved = clean, torch.zeros_like(clean)
             for _ in range(self.n_steps):
@@ -90,7 +99,7 @@ class DeepFool:
                 current = torch.where(outside, current, clean + (1 + self.overshoot) * moved)
             with torch.no_grad():
                 fooled = decisions(logits_at(current)) != labels
-            return _result(torch.where(fooled[:, None, None], current, clean), clean, fooled)
+            return _result(torch.where(fooled[:, None, None], current, clean), clean, fooled, mask)
 
     @staticmethod
     def _to_nearest_face(logits: Tensor, labels: Tensor, point: Tensor, mask: Tensor | None) -> Tensor:
@@ -157,7 +166,7 @@ class CarliniWagnerL2:
 
     def __call__(self, model: Network, x: Tensor, y: Tensor, *, mask: Tensor | None = None) -> MinimumNormResult:
         """Attack a batch; arguments, result and errors as :meth:`DeepFool.__call__`, ``y`` the targets if targeted."""
-        with _victim(model, x, mask) as (clean, logits_at):
+        with _victim(model, x, y, mask) as (clean, logits_at):
             labels = y.clone()
             c = torch.full_like(clean[:, 0, 0], self.first_c)
             low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
@@ -170,7 +179,7 @@ class CarliniWagnerL2:
                 reached = length.isfinite()
                 low, high = torch.where(reached, low, c), torch.where(reached, c, high)
                 c = torch.where(high.isfinite(), (low + high) / 2, c * 10)
-            return _result(best, clean, shortest.isfinite())
+            return _result(best, clean, shortest.isfinite(), mask)
 
     def _descend(
         self, logits_at: Callable[[Tensor], Tensor], clean: Tensor, labels: Tensor, c: Tensor, mask: Tensor | None

@@ -278,8 +278,16 @@ class HarmonicReg(Objective):
 class SmoothMax(Objective):
     """``J = (e^{b L_c} L_c + e^{b L_d} L_d) / (e^{b L_c} + e^{b L_d})``.
 
+    In targeted mode ``L_c`` of cross-entropy is never above 0, that of a margin below 0 until the target is reached,
+    while ``L_d`` of the published form is never below 0 and the other forms come to 0 where detectors are evaded: the
+    greater loss is the detectors'.
+
     Args:
         b: Any finite number: a large one follows the greater loss, 0 the mean, a negative one the smaller loss.
+
+    Raises:
+        ValueError: If ``b`` is not finite; at the attack in targeted mode, if ``b`` is above 0, or below it with
+            ``class_loss="cross_entropy"`` and ``detector_loss="published"``, of which the smaller is always the first.
     """
 
     class_loss: str | ClassLoss = "cross_entropy"
@@ -289,6 +297,16 @@ class SmoothMax(Objective):
         super().__post_init__()
         if not math.isfinite(self.b):
             raise ValueError(f"b of SmoothMax must be finite, got {self.b}")
+
+    def check(self, *, n_detectors: int, hides: bool, targeted: bool) -> None:
+        """Refuse losses in targeted mode of which ``b`` follows one alone."""
+        super().check(n_detectors=n_detectors, hides=hides, targeted=targeted)
+        ordered = self.class_loss == "cross_entropy" and self.detector_loss == "published"
+        if targeted and (self.b > 0 or (self.b < 0 and ordered)):
+            raise ValueError(
+                f"SmoothMax with targeted=True follows the {'detectors' if self.b > 0 else 'classifier'} alone, got b "
+                f"{self.b}: take b 0, or b below 0 with class_loss 'margin' or detector_loss 'hidden' or 'margin'"
+            )
 
     def values(self, terms: Terms) -> Tensor:
         """The mean under softmax weights, which shifts before it exponentiates."""

@@ -16,7 +16,7 @@ from lightning_modules.attacks.gradients import choose
 from lightning_modules.attacks.objectives import Terms
 from lightning_modules.attacks.projections import Strength, per_series
 from lightning_modules.attacks.series_noise import SeriesNoise
-from lightning_modules.attacks.victims import refuse_probabilities
+from lightning_modules.attacks.victims import Role, check_outputs, check_shape, refuse_probabilities
 
 if TYPE_CHECKING:
     from lightning_modules.attacks.engine import Attack
@@ -54,6 +54,33 @@ class Evaluation:
         return self.direction
 
 
+def check_series(x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+    """Refuse a batch that no attack can begin from.
+
+    Args:
+        x: ``(B, T, C) float`` clean series, finite at valid steps.
+        y: ``(B,) int64`` classes.
+        mask: ``(B, T) bool`` with a valid step in each series, or None.
+
+    Raises:
+        ValueError: If an argument has another shape, dtype or value.
+    """
+    if x.ndim != 3 or 0 in x.shape or not x.is_floating_point():
+        raise ValueError(f"x must be floating of shape (B, T, C), each at least 1, got {tuple(x.shape)} {x.dtype}")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise ValueError(f"y must be int64 of shape ({len(x)},), got {tuple(y.shape)} {y.dtype}")
+    if mask is not None:
+        if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool of shape {(*x.shape[:2],)}, got {(*mask.shape,)} {mask.dtype}")
+        if not bool(mask.any(dim=1).all()):
+            row = int((~mask.any(dim=1)).nonzero()[0])
+            raise ValueError(f"mask must leave each series a valid step, got none for series {row}")
+    finite = x.isfinite().all(dim=2) if mask is None else x.isfinite().all(dim=2) | ~mask
+    if not bool(finite.all()):
+        row, time = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"x must be finite, got {x[row, time].tolist()} in series {row} at step {time}")
+
+
 class Run:
     """One attack on one batch: what a stepper may ask.
 
@@ -83,6 +110,10 @@ class Run:
         # asked once, not in every step: a signature is slow to read
         self._take_mask = {id(network): takes_mask(network) for network in (*networks[:2], *networks[2])}
         self.mask, self.n_steps, self.noise = mask, attack.n_steps, noise
+        self._movable = None if mask is None else mask[..., None]
+        if weights is not None:
+            weighted = (weights > 0)[:, None, None]
+            self._movable = weighted if self._movable is None else self._movable & weighted
         self.starts_at_random = attack.random_start
         radii = None if attack.projection is None else attack.projection.radii(x, mask, strengths["radius"])
         self.ball = Ball(attack.projection, radii, x)
@@ -94,18 +125,18 @@ class Run:
         self.n_zero = torch.zeros_like(self.n_bad)
         self.n_gradients = 0
 
-    def keep_padding(self, x: Tensor) -> Tensor:
-        """``x`` with the clean values at padded steps."""
-        return x if self.mask is None else torch.where(self.mask[..., None], x, self.ball.x0)
+    def keep_clean(self, x: Tensor) -> Tensor:
+        """``x`` with the clean values at padded steps and in series of weight 0."""
+        return x if self._movable is None else torch.where(self._movable, x, self.ball.x0)
 
     def confine(self, x: Tensor) -> Tensor:
         """Into the ball about the clean series, through the constraints, and into the ball once more."""
-        x = self.ball.project(self.keep_padding(x))
-        if not self._attack.constraints:
-            return x
+        x = self.ball.project(self.keep_clean(x))
         for constraint in self._attack.constraints:
             x = constraint.apply(x, self.ball, self.mask)
-        return self.ball.project(self.keep_padding(x))
+        if self._attack.constraints:
+            x = self.ball.project(self.keep_clean(x))
+        return self.keep_clean(x)  # x0 + (x0 - x0) is x0 up to the sign of zero, and not where padding is infinite
 
     def random_start(self) -> Tensor:
         """A random point of the ball."""
@@ -175,27 +206,17 @@ class Run:
         )
         return choose(higher, candidate, x), kept
 
-    def _logits(self, network: Network, x: Tensor, role: str) -> Tensor:
+    def _logits(self, network: Network, x: Tensor, role: Role) -> Tensor:
         masked = self.mask is not None and self._take_mask[id(network)]
         logits = network(x, mask=self.mask) if masked else network(x)
-        width = "1" if role == "detector" else "1 or n_classes"
-        fits = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(x)
-        if not fits or logits.shape[1] < 1 or (role == "detector" and logits.shape[1] != 1):
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"a {role} must return logits of shape ({len(x)}, {width}), got {got}")
+        check_shape(logits, len(x), role)
         return logits
 
     def check_clean(self, evaluation: Evaluation) -> None:
         """Refuse labels beyond the classes, logits that are not finite, and probabilities."""
-        n_classes = max(2, evaluation.logits.shape[1])
-        low, high = int(self._labels.min()), int(self._labels.max())
-        if low < 0 or high >= n_classes:
-            raise ValueError(f"labels must lie in 0..{n_classes - 1} for this classifier, got {low}..{high}")
-        for role, logits in (("classifier", evaluation.logits), ("detector", evaluation.detector_logits)):
-            if not bool(logits.isfinite().all()):
-                raise ValueError(f"the {role} returns a logit that is not finite before the attack has begun")
-        refuse_probabilities(self._victim, self.ball.x0, self.mask, logits=evaluation.logits)
+        x, mask = self.ball.x0, self.mask
+        check_outputs(self._victim, x, mask, evaluation.logits, "classifier", self._labels)
         if self._source is not self._victim:
-            refuse_probabilities(self._source, self.ball.x0, self.mask)
+            refuse_probabilities(self._source, x, mask)
         for detector, logits in zip(self._detectors, evaluation.detector_logits, strict=True):
-            refuse_probabilities(detector, self.ball.x0, self.mask, logits=logits[:, None])
+            check_outputs(detector, x, mask, logits[:, None], "detector")

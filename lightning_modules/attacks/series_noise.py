@@ -31,12 +31,13 @@ class SeriesNoise:
     Args:
         index: ``(B,) int64`` number of each series; equal numbers get equal noise.
         seed: Of the whole attack, in 0..2^62 - 1.
-        dtype: Floating dtype of the draws.
+        dtype: Floating dtype of the draws; below float32 they are made in float32 and rounded.
     """
 
     def __init__(self, index: Tensor, seed: int, dtype: torch.dtype) -> None:
         self._index = index
         self._dtype = dtype
+        self._wide = torch.promote_types(dtype, torch.float32)
         self._streams = _mix(index * GOLDEN + _mix(torch.full_like(index, seed) + GOLDEN))
         self._n_draws = 0
 
@@ -46,14 +47,17 @@ class SeriesNoise:
         keys = _mix(self._streams + self._n_draws)
         return _mix(keys[:, None] + positions).reshape(len(self._index), *shape)
 
+    def _uniform(self, shape: tuple[int, ...]) -> Tensor:
+        """``(B, *shape) float64`` strictly inside 0..1, all of them exact in float32 too."""
+        return (_shift_right(self._hash(shape), 41).double() + 0.5) * 2.0**-23
+
     def uniform(self, *shape: int) -> Tensor:
-        """``(B, *shape) float`` uniform strictly inside 0..1, on a grid of ``2^-23``."""
-        bits = _shift_right(self._hash(shape), 41)
-        return ((bits.double() + 0.5) * 2.0**-23).to(self._dtype)
+        """``(B, *shape) float`` uniform strictly inside 0..1, on a grid of ``2^-23``; half precision may round to 1."""
+        return self._uniform(shape).to(self._dtype)
 
     def normal(self, *shape: int) -> Tensor:
         """``(B, *shape) float`` standard normal, by the inverse distribution function."""
-        return torch.special.ndtri(self.uniform(*shape))
+        return torch.special.ndtri(self._uniform(shape).to(self._wide)).to(self._dtype)
 
     def signs(self, *shape: int) -> Tensor:
         """``(B, *shape) float``, -1 or 1 with equal chance."""
@@ -68,4 +72,4 @@ class SeriesNoise:
         """
         if isinstance(high, Tensor):
             high = high.reshape(-1, *[1] * len(shape))
-        return (self.uniform(*shape).double() * high).long()
+        return (self._uniform(shape) * high).long()

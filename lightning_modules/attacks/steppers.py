@@ -178,7 +178,7 @@ class Nesterov(Momentum):
 
         def advance(x: Tensor, evaluation: "Evaluation") -> tuple[Tensor, None]:
             nonlocal velocity
-            ahead = run.evaluate(run.keep_padding(x + run.step * self.decay * velocity), gradient=True)
+            ahead = run.evaluate(run.keep_clean(x + run.step * self.decay * velocity), gradient=True)
             velocity = self.decay * velocity + unit_l1(ahead.climb)
             return run.confine(x + run.step * velocity.sign()), None
 
@@ -226,20 +226,23 @@ class AdamStep(Stepper):
 
     def start(self, run: "Run") -> Advance:
         """Remembers both moments."""
-        first = torch.zeros_like(run.ball.x0)
+        # in half precision EPSILON and squares of small gradients would be 0
+        wide = torch.promote_types(run.ball.x0.dtype, torch.float32)
+        first = torch.zeros_like(run.ball.x0, dtype=wide)
         second = torch.zeros_like(first)
         k = 0
 
         def advance(x: Tensor, evaluation: "Evaluation") -> tuple[Tensor, None]:
             nonlocal first, second, k
             k += 1
-            slope = -self.mu * evaluation.climb
+            slope = -self.mu * evaluation.climb.to(wide)
             if self.nu > 0 or self.lam > 0:
                 slope = slope + self._penalty_slope(x - run.ball.x0, run.mask)
             first = self.BETAS[0] * first + (1 - self.BETAS[0]) * slope
             second = self.BETAS[1] * second + (1 - self.BETAS[1]) * slope * slope
             mean, square = first / (1 - self.BETAS[0] ** k), second / (1 - self.BETAS[1] ** k)
-            return run.confine(x - run.step * mean / (square.sqrt() + self.EPSILON)), None
+            step = run.step * mean / (square.sqrt() + self.EPSILON)
+            return run.confine(x - step.to(x.dtype)), None
 
         return advance
 

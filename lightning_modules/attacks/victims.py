@@ -7,12 +7,12 @@ program (TorchScript or ``torch.export``) can: it is read only where the caller 
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.attacks.frozen_networks import Network, call, frozen, takes_mask
+from lightning_modules.attacks.frozen_networks import Network, call, frozen, modules_of, takes_mask
 
 SHAPE_ONLY = (
     *("Alias", "AsStrided", "Cat", "Clamp", "Clone", "Expand", "Permute", "Reshape", "Select", "Slice", "Split"),
@@ -22,6 +22,9 @@ SHAPE_ONLY = (
 
 PROBES = (1.0, -1.0, 10.0, -10.0, 100.0, -100.0)
 """Factors of the series that show whether a single output can leave 0..1."""
+
+
+Role = Literal["classifier", "detector"]
 
 
 def _ends_in_sigmoid(output: Tensor) -> bool:
@@ -85,6 +88,9 @@ def _inside_unit_interval(output: Tensor) -> bool:
 class Victim(nn.Module):
     """A network with its own pre-processing inside the graph, so that an attack differentiates through both.
 
+    The network is put into evaluation mode, which a victim never leaves. A program whose train mode is part of its
+    graph (exported or traced so) has no such switch: see :func:`check_logits`.
+
     Args:
         network: ``(series) -> logits`` or ``(series, mask) -> logits``.
         preprocessing: ``(B, T, C) -> what the network takes``, differentiable; None for none.
@@ -99,17 +105,20 @@ class Victim(nn.Module):
     ) -> None:
         super().__init__()
         # A program is no child: it lacks the flags that everybody asks children for, or refuses to have them set.
-        self._program = (network,) if _is_program(network) else ()
-        self._network = None if self._program else network
+        self.unregistered_programs = (network,) if _is_program(network) else ()
+        self._network = None if self.unregistered_programs else network
         if isinstance(self._network, nn.Module):
             self._network.eval()
+        for module in modules_of(self.unregistered_programs):
+            if getattr(module, "training", False):  # eval() of an exported program raises
+                module.training = False
         self.preprocessing = preprocessing
         self.channels_first = channels_first
 
     @property
     def network(self) -> Network:
         """The network as it was given."""
-        found = self._program[0] if self._program else self._network
+        found = self.unregistered_programs[0] if self.unregistered_programs else self._network
         assert found is not None
         return found
 
@@ -123,7 +132,7 @@ class Victim(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Victim":
-        for program in self._program:
+        for program in self.unregistered_programs:
             if isinstance(program, nn.Module):
                 program._apply(fn)
         return super()._apply(fn, recurse)
@@ -134,7 +143,7 @@ class Victim(nn.Module):
         return call(self.network, prepared.transpose(1, 2) if self.channels_first else prepared, mask)
 
 
-def _is_program(network: Network) -> bool:
+def _is_program(network: Network) -> TypeGuard[nn.Module]:
     return isinstance(network, torch.jit.ScriptModule | torch.fx.GraphModule)
 
 
@@ -165,7 +174,8 @@ def load_victim(
 
     Raises:
         ValueError: If neither or both of class and program are given, a program is not trusted, the class is not an
-            ``nn.Module``, a file is missing or cannot be read, the weights do not fit, or the outputs are not logits.
+            ``nn.Module``, a file is missing or cannot be read, the weights do not fit, the outputs are not logits, or a
+            program was exported or traced in train mode: a ``.pt2`` by the example in its file, others by the probe.
     """
     if (class_path is None) == (program is None):
         raise ValueError(f"give either class_path or program, got {class_path!r} and {program!r}")
@@ -203,18 +213,81 @@ def check_logits(network: Network, x: Tensor, mask: Tensor | None = None) -> int
         K, 2 for one logit.
 
     Raises:
-        ValueError: If the output is not ``(B, 1)`` or ``(B, K)``, is not finite or holds probabilities.
+        ValueError: If the output is not ``(B, 1)`` or ``(B, K)``, is not finite or holds probabilities, or the network
+            is or holds a program in train mode, of which a call writes a buffer or two equal calls differ.
     """
     x, mask = x[:8], None if mask is None else mask[:8]
     with frozen([network], x.device), torch.no_grad():
         logits = call(network, x.clone(), mask)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 1:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"a classifier must return logits of shape ({len(x)}, 1 or n_classes), got {got}")
-    if not bool(logits.isfinite().all()):
-        raise ValueError(f"the classifier returns a logit that is not finite on {len(x)} series")
-    refuse_probabilities(network, x, mask, logits=logits)
+    check_shape(logits, len(x), "classifier")
+    _refuse_train_mode(network, x.device, lambda: call(network, x.clone(), mask))
+    check_outputs(network, x, mask, logits, "classifier")
     return max(2, logits.shape[1])
+
+
+def check_shape(logits: Any, n_series: int, role: Role) -> None:
+    """Refuse what cannot be logits.
+
+    Args:
+        logits: Output of a network.
+        n_series: B.
+        role: ``"classifier"``, ``(B, 1)`` or ``(B, K) float``, or ``"detector"``, ``(B, 1) float``.
+
+    Raises:
+        ValueError: If it is no tensor or has another shape.
+    """
+    width = "1" if role == "detector" else "1 or n_classes"
+    fits = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == n_series
+    if not fits or logits.shape[1] < 1 or (role == "detector" and logits.shape[1] != 1):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"a {role} must return logits of shape ({n_series}, {width}), got {got}")
+
+
+def check_outputs(
+    network: Network, x: Tensor, mask: Tensor | None, logits: Tensor, role: Role, labels: Tensor | None = None
+) -> None:
+    """Refuse a network by its outputs on clean series.
+
+    Args:
+        network: Classifier or detector.
+        x: ``(B, T, C) float`` clean series.
+        mask: ``(B, T) bool`` or None.
+        logits: ``(B, K') float`` for them.
+        role: What the network is, for the error.
+        labels: ``(B,) int64`` that must be among the classes; None where there is nothing to compare.
+
+    Raises:
+        ValueError: If a label lies beyond the classes, a logit is not finite, or they are probabilities.
+    """
+    if labels is not None:
+        n_classes = max(2, logits.shape[1])
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= n_classes:
+            raise ValueError(f"labels must lie in 0..{n_classes - 1} for this classifier, got {low}..{high}")
+    if not bool(logits.isfinite().all()):
+        raise ValueError(f"the {role} returns a logit that is not finite on {len(x)} clean series")
+    refuse_probabilities(network, x, mask, logits=logits)
+
+
+def _refuse_train_mode(network: Network, device: torch.device, forward: Callable[[], Any]) -> None:
+    """Raise where calls write a buffer of the programs of a network, or two equal calls differ: batch norm, dropout."""
+    programs = [module for module in modules_of([network]) if _is_program(module)]
+    if not programs:
+        return
+    with frozen([network], device), torch.no_grad():
+        before = [{name: buffer.clone() for name, buffer in program.named_buffers()} for program in programs]
+        first, second = forward(), forward()
+        written = [
+            name
+            for program, buffers in zip(programs, before, strict=True)
+            for name, buffer in program.named_buffers()
+            if not torch.equal(buffer, buffers[name])
+        ]
+    # 1e-3: a GPU adds in any order; dropout changes more
+    differ = isinstance(first, Tensor) and bool((first - second).norm() > 1e-3 * first.norm())
+    if written or differ:
+        found = f"a call writes its buffer {written[0]!r}" if written else "two equal calls differ"
+        raise ValueError(f"the program was saved in train mode, {found}: save it from network.eval()")
 
 
 def _instance(class_path: str, init_args: Mapping[str, Any]) -> nn.Module:
@@ -270,11 +343,18 @@ def _load_weights(network: nn.Module, path: Path) -> None:
 
 def _load_program(path: Path) -> nn.Module:
     _existing(path)
+    arguments, named = None, {}
     try:
         if path.suffix == ".pt2":
-            return torch.export.load(path).module()
-        return torch.jit.load(path, map_location="cpu")
+            exported = torch.export.load(path)
+            program = exported.module()
+            arguments, named = exported.example_inputs or (None, {})
+        else:
+            program = torch.jit.load(path, map_location="cpu")
     except Exception as error:
         raise ValueError(
             f"{path} holds no program of torch.export or TorchScript: {str(error).splitlines()[0]}"
         ) from error
+    if arguments is not None:
+        _refuse_train_mode(program, torch.device("cpu"), lambda: program(*arguments, **named))
+    return program

@@ -157,13 +157,14 @@ class AdversarialTraining(Callback):
         if self.mode == "pgd":
             return cross_entropy(network(self.attacked(network, batch), mask), labels).mean()
         victim = _Divergence(network, logits_of(network, series, mask, batch_size=len(series)))
-        attacked = self.attacked(victim, batch | {"labels": torch.zeros_like(labels)})
+        # In one pass: the victim holds the clean logits of the whole batch.
+        attacked = self.attacked(victim, batch | {"labels": torch.zeros_like(labels)}, batch_size=len(series))
         clean = network(series, mask)
         divergence = class_divergence(clean, network(attacked, mask))
         return (cross_entropy(clean, labels) + self.beta * divergence).mean()
 
-    def attacked(self, victim: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Series ``(B, T, C)`` after the attack, which leaves the victim as it found it."""
+    def attacked(self, victim: nn.Module, batch: dict[str, Tensor], batch_size: int | None = None) -> Tensor:
+        """Series ``(B, T, C)`` after the attack, ``batch_size`` a pass, which leaves the victim as it found it."""
         return self.attack(
             victim,
             batch["series"],
@@ -172,6 +173,7 @@ class AdversarialTraining(Callback):
             mask=batch["mask"],
             index=batch["index"],
             generator=self._seed,
+            batch_size=batch_size,
         ).x_adv
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

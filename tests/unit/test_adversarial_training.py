@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 from torch.nn.functional import softplus
 
+from lightning_modules.attacks import frozen_networks
 from lightning_modules.attacks.engine import Attack
 from lightning_modules.attacks.objectives import SumReg, Vanilla
 from lightning_modules.attacks.projections import Linf
@@ -105,13 +106,24 @@ def test_trades_moves_through_clean_and_attacked_series():
     found = torch.autograd.grad(callback.loss(network, batch), network.weight)[0]
     seen = []
     attacked = callback.attacked
-    callback.attacked = lambda *arguments: seen.append(attacked(*arguments)) or seen[-1]
+    callback.attacked = lambda *arguments, **named: seen.append(attacked(*arguments, **named)) or seen[-1]
     torch.manual_seed(8)
     callback.loss(network, batch)
     p, q = network(batch["series"]).softmax(1), network(seen[0]).softmax(1)
     loss = -p[torch.arange(B), batch["labels"]].log().mean() + 6 * (p * (p / q).log()).sum(1).mean()
     # float32, logarithms of probabilities against differences of logits
     torch.testing.assert_close(found, torch.autograd.grad(loss, network.weight)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["pgd", "trades"])
+def test_a_batch_that_a_cpu_attacks_in_several_passes_has_the_same_loss(monkeypatch, mode):
+    network, batch = Linear(3), make_batch(3)
+    callback = AdversarialTraining(pgd(random_start=True), mode=mode)
+    callback._seed = 5
+    expected = callback.loss(network, batch)
+    monkeypatch.setattr(frozen_networks, "CPU_PASS_STEPS", 3 * T)
+    # float32 sums of other shapes
+    torch.testing.assert_close(callback.loss(network, batch), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["pgd", "trades"])

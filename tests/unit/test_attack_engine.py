@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_modules.attacks import (
     APGD,
+    L1,
     L2,
     AdamStep,
     Attack,
@@ -23,6 +24,7 @@ from lightning_modules.attacks import (
     PGDStep,
     SignStep,
     SimBA,
+    SmoothMax,
     SquareSearch,
     SumReg,
     UniversalStep,
@@ -35,6 +37,7 @@ from lightning_modules.attacks import (
     run_grid,
 )
 from lightning_modules.attacks.frozen_networks import pass_rows
+from lightning_modules.attacks.series_noise import SeriesNoise
 from lightning_modules.networks import LSTM, S4, PatchTST, ResCNN, RNNAttention
 
 B, T, C = 6, 24, 2
@@ -447,6 +450,24 @@ def test_padded_steps_and_frozen_segments_never_change(series):
     assert (result.x_adv[0, 3:10] != x[0, 3:10]).all()
 
 
+@pytest.mark.parametrize("kind", [L1, L2, Linf])
+@pytest.mark.parametrize("relative", [False, True])
+def test_padding_that_is_not_finite_does_not_open_the_ball(series, kind, relative):
+    x, y = series
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0, 10:], mask[3, 5:] = False, False
+    attack = Attack(Vanilla(), PGDStep(), projection=kind(0.2, relative=relative), n_steps=3)
+    finite = x.masked_fill(~mask[..., None], 0.0)
+    expected = attack(Masked(), finite, y, mask=mask, keep_iterates=True)
+    for filler in (torch.nan, torch.inf):
+        padded = x.masked_fill(~mask[..., None], filler)
+        found = attack(Masked(), padded, y, mask=mask, keep_iterates=True)
+        assert torch.equal(found.x_adv[mask], expected.x_adv[mask])
+        assert torch.equal(found.logits, expected.logits)
+        for iterate in (found.x_adv, *found.iterates):
+            assert torch.equal(iterate[~mask].nan_to_num(), padded[~mask].nan_to_num())
+
+
 def test_mask_reaches_networks_that_take_one(series):
     x, y = series
     mask = torch.ones(B, T, dtype=torch.bool)
@@ -642,9 +663,33 @@ def test_targeted_attacks_refuse_losses_that_do_not_lead_there(series):
     for objective, message in (
         (Vanilla(class_loss="dlr"), "class_loss 'dlr' is untargeted"),
         (HarmonicReg(), "targeted=True negates the class loss"),
+        (SmoothMax(), r"SmoothMax with targeted=True follows the detectors alone, got b 20\.0: take b 0"),
+        (SmoothMax("margin", detector_loss="hidden", b=0.5), r"follows the detectors alone, got b 0\.5"),
+        (SmoothMax(b=-20.0), r"follows the classifier alone, got b -20\.0"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as caught:
             Attack(objective, SignStep(0.1), targeted=True)(Net(), x, y, detectors=[Net(seed=1)])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        SmoothMax(b=0.0),
+        SmoothMax(detector_loss="hidden", b=-20.0),
+        SmoothMax(detector_loss="margin", b=-20.0),
+        SmoothMax("margin", b=-20.0),
+    ],
+)
+def test_a_targeted_smooth_maximum_that_is_allowed_climbs_both_losses(objective):
+    """On a detected series that is not yet in the target class."""
+    x, target = torch.zeros(1, T, C), torch.tensor([1])
+    weight = torch.zeros(T, C)
+    weight[0, 0] = 1.0
+    victim, detector = Linear(weight, bias=-0.5), Linear(weight.flip(0), bias=0.5)
+    result = Attack(objective, SignStep(0.02), n_steps=100, targeted=True)(victim, x, target, detectors=[detector])
+    assert result.logits[-1, 0, 0] > result.logits[0, 0, 0] + 0.1
+    assert result.detector_logits[-1, 0, 0] < result.detector_logits[0, 0, 0] - 0.1
 
 
 @pytest.mark.gpu
@@ -715,6 +760,20 @@ def test_generator_is_drawn_once_and_only_where_needed(series):
     draws = [noise(Net(), x, y, generator=torch.Generator().manual_seed(seed)).x_adv for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noise_of_half_precision_is_that_of_float32_rounded(dtype):
+    index = torch.arange(40)
+    half, single = SeriesNoise(index, 3, dtype), SeriesNoise(index, 3, torch.float32)
+    for draw in ("uniform", "normal", "signs"):
+        found, expected = getattr(half, draw)(100, 50), getattr(single, draw)(100, 50)
+        assert found.dtype == dtype
+        assert torch.equal(found, expected.to(dtype)), draw
+    # 200,000 draws: rounded to eleven or to eight bits first, some of them would be the bound
+    found = half.integers(37, 100, 50)
+    assert torch.equal(found, single.integers(37, 100, 50))
+    assert found.max() == 36
 
 
 GOOD = {"objective": SumReg(0.1), "stepper": SignStep(0.1)}

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_modules.attacks import (
     APGD,
+    L1,
     L2,
     AdamStep,
     Attack,
@@ -30,6 +31,7 @@ from lightning_modules.attacks import (
     SumReg,
     UniversalStep,
     Vanilla,
+    ZNormManifold,
 )
 
 B, T, C = 4, 16, 2
@@ -149,6 +151,38 @@ def test_keeping_the_best_changes_no_step_of_a_rule_for_gradients(series, object
     assert torch.equal(runs["last"].iterates, runs["best"].iterates)
     assert runs["last"].values is None
     assert runs["last"].n_gradients == runs["best"].n_gradients == 4
+
+
+BALLS = [(name, ball) for name, make in STEPPERS.items() for ball in (Linf(0.3), None) if ball or make().ball is None]
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+@pytest.mark.parametrize(("stepper", "ball"), BALLS)
+def test_a_series_of_weight_zero_stays_clean_to_the_last_bit(series, stepper, ball, random_start):
+    x, y = series
+    x[1, :2] = -0.0
+    weights = torch.tensor([1.0, 0.0, 2.0, 1.0])
+    kept = {"projection": ball, "n_steps": 4, "random_start": random_start and ball is not None}
+    constraints = [ZNormManifold()] if random_start or ball is None else []
+    attack = Attack(Vanilla(), STEPPERS[stepper](), constraints=constraints, **kept)
+    result = attack(network(2), x, y, weights=weights, generator=3, keep_iterates=True)
+    for iterate in (*result.iterates[:, 1], result.x_adv[1]):
+        assert torch.equal(iterate, x[1])
+        assert torch.equal(iterate.signbit(), x[1].signbit())
+    assert torch.equal(result.logits[:, 1], result.logits[:1, 1].expand(5, 1))
+    assert torch.equal(result.logits[0, 1], attack(network(2), x, y, generator=3, weights=0 * weights).logits[0, 1])
+    assert (result.x_adv[[0, 2, 3]] != x[[0, 2, 3]]).any(dim=(1, 2)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stepper", [*STEPPERS, "gaussian"])
+def test_every_stepper_runs_in_half_precision(series, stepper, dtype):
+    made = Noise(0.05, kind="gaussian") if stepper == "gaussian" else STEPPERS[stepper]()
+    x, y = series[0].to(dtype), series[1]
+    for ball in (L1(1.0), L2(1.0), Linf(0.3)):
+        if isinstance(ball, made.ball or object):
+            attack = Attack(Vanilla(), made, projection=ball, n_steps=3, random_start=True)
+            assert attack(network(2).to(dtype), x, y, generator=0).x_adv.isfinite().all()
 
 
 @pytest.mark.parametrize("stepper", COMPARING)

@@ -16,6 +16,7 @@ from lightning_modules.attacks import (
     load_victim,
     refuse_probabilities,
 )
+from lightning_modules.attacks.frozen_networks import frozen
 
 B, T, C = 5, 12, 2
 
@@ -107,7 +108,7 @@ def test_weights_by_class_path(x, tmp_path):
     assert all(torch.equal(loaded.network.state_dict()[name], value) for name, value in source.state_dict().items())
 
 
-def test_programs_can_be_attacked_and_are_left_in_their_mode(x, tmp_path):
+def test_programs_can_be_attacked(x, tmp_path):
     network = head(1, nn.Dropout(0.5)).eval()
     program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     torch.export.save(program, tmp_path / "network.pt2")
@@ -125,7 +126,103 @@ def test_torchscript_programs(x, tmp_path):
     victim.train()
     labels = torch.zeros(B, dtype=torch.int64)
     assert Attack(Vanilla(), SignStep(0.1), n_steps=2)(victim, x, labels).x_adv.shape == x.shape
-    assert victim.network.training
+    assert not victim.network.training
+
+
+def noisy(*layers):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Flatten(), *layers, nn.Linear(T * C, 1)).train()
+
+
+def exported(network, x):
+    return torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torchscript_saved_in_train_mode_is_attacked_in_evaluation_mode(x, tmp_path):
+    network = noisy(nn.BatchNorm1d(T * C), nn.Dropout(0.5))
+    torch.jit.script(network).save(tmp_path / "network.ts")
+    victim = load_victim(program=tmp_path / "network.ts", trusted=True, probe=x)
+    assert not any(module.training for module in victim.network.modules())
+    before = [buffer.clone() for buffer in victim.network.buffers()]
+    labels, attack = torch.zeros(B, dtype=torch.int64), Attack(Vanilla(), SignStep(0.1), n_steps=5)
+    found = attack(victim, 3 + x, labels)
+    assert torch.equal(found.x_adv, attack(network.eval(), 3 + x, labels).x_adv)
+    assert all(torch.equal(buffer, old) for buffer, old in zip(victim.network.buffers(), before, strict=True))
+
+
+class Counting(nn.Module):
+    """Writes one buffer in place and replaces another, in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(T * C, 1)
+        self.register_buffer("written", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+
+    def forward(self, series):
+        self.written += 1
+        self.replaced = self.replaced + 1
+        return self.head(series.flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["script", "export", "train-mode export"])
+def test_an_attack_leaves_flags_gradients_and_buffers_of_a_program(x, kind):
+    if kind == "script":
+        program = torch.jit.script(Counting())
+    else:
+        network = Counting() if kind == "export" else noisy(nn.BatchNorm1d(T * C))
+        program = exported(network, x).module()
+    victim = Victim(program)
+    before = {name: buffer.clone() for name, buffer in program.named_buffers()}
+    for module in program.modules():
+        if hasattr(module, "training"):
+            module.training = True
+    Attack(Vanilla(), SignStep(0.1), n_steps=3)(nn.Sequential(victim), x, torch.zeros(B, dtype=torch.int64))
+    assert before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in program.named_buffers())
+    assert all(getattr(module, "training", True) for module in program.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in program.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("ending", [".pt2", ".ts"])
+@pytest.mark.parametrize(
+    ("layer", "found"),
+    [(nn.BatchNorm1d(T * C), "a call writes its buffer '1.running_"), (nn.Dropout(0.5), "two equal calls differ")],
+)
+def test_a_program_with_train_mode_in_its_graph_is_refused(x, tmp_path, layer, found, ending):
+    network, file, message = noisy(layer), tmp_path / f"network{ending}", f"saved in train mode, {found}"
+    if ending == ".pt2":
+        torch.export.save(exported(network, x), file)
+        direct = exported(network, x).module()
+    else:
+        direct = torch.jit.trace(network, x, check_trace=False)
+        direct.save(file)
+    with pytest.raises(ValueError, match=message) as caught:  # of a .pt2 the example in the file is enough
+        load_victim(program=file, trusted=True, probe=x if ending == ".ts" else None)
+    assert "\n" not in str(caught.value)
+    for victim in (direct, Victim(direct)):
+        with pytest.raises(ValueError, match=message):
+            check_logits(victim, x)
+    assert check_logits(Victim(exported(network.eval(), x).module()), x) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:The tensor attributes:UserWarning")
+@pytest.mark.parametrize("kind", ["layer", "script", "export", "none"])
+def test_cudnn_is_off_for_recurrent_programs_on_cuda(x, kind):
+    """T4: the backward of its recurrent layers refuses evaluation mode."""
+    network = head(1) if kind == "none" else nn.LSTM(C, 3, batch_first=True).eval()
+    if kind == "script":
+        network = Victim(torch.jit.script(network))
+    elif kind == "export":
+        network = Victim(exported(network, x).module())
+    enabled = torch.backends.cudnn.enabled
+    with frozen([network], torch.device("cuda")):
+        assert torch.backends.cudnn.enabled == (enabled and kind == "none")
+    assert torch.backends.cudnn.enabled == enabled
 
 
 class Pickled:

@@ -112,6 +112,37 @@ def test_minimum_norm_attacks_refuse_bad_arguments(series):
         DeepFool()(linear(1), series[0], torch.zeros(T, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("attack", [DeepFool(3), CarliniWagnerL2(3, 1), CarliniWagnerL2(3, 1, targeted=True)])
+def test_minimum_norm_attacks_refuse_what_any_attack_refuses(series, attack):
+    victim, y = linear(1), torch.zeros(B, dtype=torch.int64)
+    nan = series.clone()
+    nan[2, 3, 1] = torch.nan
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[2, 3] = False
+    for network, x, labels, valid, message in (
+        (lambda batch: victim(batch).sigmoid(), series, y, None, "the network returns probabilities"),
+        (lambda batch: linear(4)(batch).softmax(dim=1), series, y, None, "the network returns probabilities"),
+        (victim, series, y + 7, None, r"labels must lie in 0\.\.1 for this classifier, got 7\.\.7"),
+        (victim, series, y.double(), None, r"y must be int64 of shape \(6,\), got \(6,\) torch\.float64"),
+        (victim, series, y[:2], None, r"y must be int64 of shape \(6,\), got \(2,\)"),
+        (victim, nan, y, None, r"x must be finite, got .* in series 2 at step 3"),
+        (victim, series, y, mask & False, "mask must leave each series a valid step, got none for series 0"),
+        (victim, series, y, mask.long(), r"mask must be bool of shape \(6, 10\), got \(6, 10\) torch\.int64"),
+        (lambda batch: batch, series, y, None, r"a classifier must return logits of shape \(6, 1 or n_classes\), got"),
+        (lambda batch: victim(batch) * torch.nan, series, y, None, "the classifier returns a logit that is not finite"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            attack(network, x, labels, mask=valid)
+        assert "\n" not in str(caught.value)
+
+    class Masked(nn.Module):
+        def forward(self, batch, mask):
+            return victim(batch.masked_fill(~mask[..., None], 0.0))
+
+    found = attack(Masked(), nan, y, mask=mask)  # as any attack, it does not look at padding
+    assert found.l2.isfinite().all()
+
+
 def test_ensemble_is_the_worst_case_of_its_attacks(series):
     victim = linear(1)
     y = decisions(victim(series))
@@ -123,6 +154,29 @@ def test_ensemble_is_the_worst_case_of_its_attacks(series):
     assert torch.equal(torch.stack(list(result.fooled_by.values())).any(dim=0), result.fooled)
     assert result.accuracy == pytest.approx(1 - within.double().mean().item())
     assert result.flags == []
+
+
+def test_series_misclassified_from_the_start_are_broken_wherever_an_attack_begins(series):
+    """The random vertex at which a search begins may be classified right."""
+    victim = linear(1)
+    y = decisions(victim(series))
+    wrong = torch.arange(B) < 3
+    y[wrong] = 1 - y[wrong]
+    square = Attack(Vanilla(), SquareSearch(), projection=Linf(3.0), n_steps=1, keep="best")
+    # towards the class itself: every attack makes a wrong series right
+    helping = Attack(
+        Vanilla(class_loss=lambda logits, labels: (2 * labels - 1) * logits[..., 0]),
+        PGDStep(),
+        projection=Linf(3.0),
+        n_steps=5,
+    )
+    result = run_ensemble({"helping": helping, "square": square}, victim, series, y, generator=1)
+    kept_right = wrong & ~result.fooled_by["helping"] & ~result.fooled_by["square"]
+    assert kept_right.any()
+    assert result.fooled[wrong].all()
+    assert result.accuracy <= 0.5
+    assert torch.equal(result.x_adv[kept_right], series[kept_right])
+    assert torch.equal(decisions(victim(result.x_adv)) != y, result.fooled)
 
 
 def test_flags_name_what_is_wrong(series):
