@@ -7,6 +7,9 @@
 The exit status is 1 with a leak and 0 without, so that a continuous integration can use it. A model must have
 ``represent(events, users, times, context_users=None)``; where it also has ``represent_context(own, others, users,
 times, context_times, context_users=None)``, self-exclusion and the clock are checked on the context alone.
+
+Events strictly before a query, by however little, count as known. With ``--config`` events come coded, normalised and
+labelled by the data module; what it fitted and read is not checked here, and the report says what would check it.
 """
 
 import argparse
@@ -91,13 +94,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ckpt_path", help="its checkpoint; by default of the newest run of the config")
     parser.add_argument("--target", help="target whose test queries are audited; by default the first")
     parser.add_argument(
-        "--ties", default="strict", choices=("strict", "inclusive"), help="whether time t is known at t"
+        "--ties",
+        default="strict",
+        choices=("strict", "inclusive"),
+        help="whether time t is known at t; what is earlier is, by however little",
     )
     parser.add_argument("--n_queries", type=int, default=128)
     parser.add_argument("--n_cuts", type=int, default=5, help="moments from which on events are changed")
     parser.add_argument("--n_users", type=int, default=300, help="users of context kept for the audit")
     parser.add_argument("--tolerance", type=float, default=0.0, help="of edits that keep shapes; 0: bit for bit")
-    parser.add_argument("--resize_tolerance", type=float, default=1e-5, help="of edits that change shapes, and tables")
+    parser.add_argument(
+        "--resize_tolerance", type=float, default=1e-5, help="of edits that change shapes, of self, of tables"
+    )
     parser.add_argument("--table", help="embeddings of another pipeline, CSV or Parquet")
     parser.add_argument("--events", help="the events it read, CSV or Parquet")
     parser.add_argument("--user_column", default="user")
@@ -255,6 +263,7 @@ def audit_batch(model: Any, batch: dict[str, Any], known: argparse.Namespace) ->
         n_cuts=known.n_cuts,
         tolerance=known.tolerance,
         resize_tolerance=known.resize_tolerance,
+        prepared=True,
         seed=known.seed,
     )
     return audit.run(

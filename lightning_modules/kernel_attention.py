@@ -12,11 +12,13 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_modules.collectives import from_first, gather_rows, kept_by_first
 from lightning_modules.context.aggregators import AggregatorFactory, KernelAttention
 from lightning_modules.context.combination import CombinationFactory, Concat
+from lightning_modules.context.data_state import check_trained_on, require_absolute_times
 from lightning_modules.context.enriched import Asked, ContextRules, EnrichedEncoder
 from lightning_modules.context.evaluation import Embeddings, Encoded, Evaluation, evaluate, exported
 from lightning_modules.context.fit_contexts import FitContexts
@@ -39,8 +41,8 @@ class KernelAttentionAggregator(LightningModule):
 
     ``fit`` first trains the encoder on its own objective (or loads it) and keeps its epoch of least ``val/loss``, then
     all aggregators at once by the same kind of loss on z = combination(q, b), with the encoder frozen or, each branch
-    its own copy, tuned; of these the last epoch is kept. ``test`` hands own states, time features and contexts to
-    probes of every target and returns a study; ``predict`` gives embeddings with the users that influenced them.
+    its own copy, tuned; of these the last epoch is kept. ``test`` hands own states, z and time features to probes of
+    every target and returns a study; ``predict`` gives embeddings z with the users that influenced them.
 
     Batches are those of ``EventSequencesDataModule``: sequences in training; in validation, test and prediction one
     batch of flat events, context users and queries. In validation nothing of the test is in it, and under a time split
@@ -63,7 +65,8 @@ class KernelAttentionAggregator(LightningModule):
         encoder: Factory of the encoder.
         encoder_objective: Factory of what it is trained by.
         encoder_epochs: Epochs of the encoder; 0 with ``encoder_weights``.
-        encoder_weights: A checkpoint of this module whose encoder is taken instead of training one.
+        encoder_weights: A checkpoint of this module whose encoder is taken instead of training one. A fit refuses one
+            that was trained on another split, other events or another coding, and warns of one that does not say.
         wide_encoder: Factory of a wider encoder, trained beside the first: the parameter-matched control.
         aggregators: Factories by name; the default is kernel attention.
         aggregator_epochs: Epochs of the aggregators; 0 if none has anything to learn.
@@ -132,10 +135,13 @@ class KernelAttentionAggregator(LightningModule):
             raise ValueError("no aggregator may be called 'encoder', which names the one that is pre-trained")
         super().__init__()
         self.automatic_optimization = False
+        self._encoder_source: tuple[str, dict[str, dict[str, Any]]] | None = None
         known: dict[str, Any] = {"vocabulary_sizes": list(vocabulary_sizes), "n_numeric": n_numeric}
         network = encoder(**known)
         if encoder_weights:
-            network.load_state_dict(encoder_from(encoder_weights))
+            weights, kept = encoder_from(encoder_weights)
+            network.load_state_dict(weights)
+            self._encoder_source = encoder_weights, kept
         rules = context or ContextRules()
         self.model = EnrichedEncoder(
             network,
@@ -184,12 +190,22 @@ class KernelAttentionAggregator(LightningModule):
         return not self.contexts.banks  # a validation by itself, of the phase that a checkpoint ended in
 
     def setup(self, stage: str) -> None:
-        """See that every process holds the whole model.
+        """See that every process holds the whole model, times compare, and a loaded encoder is of the same training.
 
         Raises:
-            ValueError: Under a strategy that splits it.
+            ValueError: Under a strategy that splits the model, with relative times, or, in a fit, if the encoder was
+                trained on something else.
         """
         require_replicas(self.trainer)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        require_absolute_times(datamodule)
+        if stage == "fit" and self._encoder_source is not None:
+            path, kept = self._encoder_source
+            if not check_trained_on(path, kept, datamodule):
+                rank_zero_warn(
+                    f"encoder_weights: {path} does not say what it was trained on, so nothing could be compared: were "
+                    "later events, users of the test or other ids of categories among it, results are worth nothing"
+                )
 
     def on_fit_start(self) -> None:
         """See that the trainer fits the plan.
@@ -346,6 +362,7 @@ class KernelAttentionAggregator(LightningModule):
     def represent(self, events: Events, users: Tensor, times: Tensor, context_users: Tensor | None = None) -> Tensor:
         """Features of queries ``(Q, k)``: own states, of every branch where it is tuned, then contexts of aggregators.
 
+        Where a combination is more than ``Concat``, what it gives for every aggregator comes last.
         A query reads events strictly before its time alone, of itself and of others: what an audit checks.
 
         Args:
@@ -357,8 +374,9 @@ class KernelAttentionAggregator(LightningModule):
         encoded = self._encoded(events, context_users)
         own = {name: encoded.own(name, users, times).states for name in ["own", *self.model.aggregators]}
         kept = [*self.model.branches] if self.model.tune else ["own"]
-        contexts = [encoded.context(name, own[name], users, times) for name in self.model.aggregators]
-        return torch.cat([*(own[name] for name in kept), *contexts], dim=1)
+        contexts = {name: encoded.context(name, own[name], users, times) for name in self.model.aggregators}
+        combined = [self.model.combined(name, own[name], contexts[name]) for name in self.model.mixing]
+        return torch.cat([*(own[name] for name in kept), *contexts.values(), *combined], dim=1)
 
     @torch.no_grad()
     def represent_context(
@@ -440,8 +458,11 @@ class KernelAttentionAggregator(LightningModule):
         return found
 
 
-def encoder_from(path: str) -> dict[str, Tensor]:
-    """Weights of the encoder in a checkpoint of :class:`KernelAttentionAggregator`.
+def encoder_from(path: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Weights of the encoder in a checkpoint of :class:`KernelAttentionAggregator`, and what tells of its data.
+
+    Returns:
+        The weights by name; the other mappings of the checkpoint by key, without contexts and best encoders.
 
     Raises:
         ValueError: If the file holds none.
@@ -457,4 +478,5 @@ def encoder_from(path: str) -> dict[str, Tensor]:
     found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if not found:
         raise ValueError(f"encoder_weights: no encoder in {path}, give a checkpoint of KernelAttentionAggregator")
-    return found
+    large = ("state_dict", "contexts", "best_encoders")
+    return found, {name: one for name, one in loaded.items() if isinstance(one, dict) and name not in large}

@@ -19,6 +19,20 @@ from lightning_modules.context.audit_findings import NOTHING, AuditFinding, Case
 from lightning_modules.context.cross_fitting import cross_fitted_auc
 from lightning_modules.context.visible import FOREVER, Events
 
+UNSEEN = {
+    "fitted statistics": (
+        "a call fits none, but events came coded and normalised by what was fitted before. To see: write the events "
+        "before a moment soon after training ends (--write_truncated) and test this checkpoint on them "
+        "(data.init_args.paths, test_start before that moment); a data module that keeps its state in the checkpoint "
+        "refuses where anything fitted differs"
+    ),
+    "labels": (
+        "labels were exchanged after features were made, and a call reads none. To see: predict with this checkpoint "
+        "from files whose label columns hold others; the embeddings must be the same"
+    ),
+}
+"""What is said instead of ``clean`` of checks that cannot see what was done before the audit."""
+
 STATISTIC_SHARE = 1e-3
 """Mixing the future among itself keeps its means; a change this many times smaller than that of rewriting it is the
 order of float sums."""
@@ -67,7 +81,8 @@ class Audit:
     statistics`` (they do so through means, deviations or vocabularies fitted on them), ``before the first event``
     (a query without any past reads some event, such as index -1), ``same moment`` (events at the very microsecond
     of the query change it), ``self`` (own events change the context), ``labels``, ``batch`` (other queries of the
-    call change a query) and ``shuffled clock`` (never a leak: how well labels are told at a wrong moment).
+    call change a query) and ``shuffled clock`` (never a leak: how well labels are told at a wrong moment). Events
+    strictly before a query count as known, by however little: whether they could be known in time is not asked.
 
     Args:
         represent: The pipeline; called about 5 times for each cut and 15 times more.
@@ -79,7 +94,10 @@ class Audit:
         n_users: Users whose own events are changed, one at a time.
         tolerance: Greatest allowed change, relative to max(1, |feature|), where numbers of events and queries stay;
             0 means bit for bit.
-        resize_tolerance: The same where these numbers change, and with them the order of float sums.
+        resize_tolerance: The same where these numbers change, and with them the order of float sums; also of ``self``,
+            since a sum over all users from which the own state is taken off again keeps a rounding of it.
+        prepared: Whether events come coded, normalised and labelled by what was fitted before. ``fitted statistics``
+            and ``labels`` are then never ``clean``: a leak of the call is found, one of the preparation cannot be.
         seed: Of all draws.
 
     Raises:
@@ -95,6 +113,7 @@ class Audit:
     n_users: int = 6
     tolerance: float = 0.0
     resize_tolerance: float = 0.0
+    prepared: bool = False
     seed: int = 0
     _random: torch.Generator = field(default_factory=torch.Generator, init=False, repr=False, compare=False)
 
@@ -153,14 +172,20 @@ class Audit:
         tables = [table for table in (labels, *label_tables) if table is not None]
         return [
             future,
-            statistics,
+            self._claimed(statistics),
             first_finding,
             AuditFinding(same, "not checked", words=hidden) if pooled else self._same_moment(case, moment),
             AuditFinding(own, "not checked", words=hidden) if pooled else self._self(case),
-            self._labels(case, first, tables),
+            self._claimed(self._labels(case, first, tables)),
             self._batch(case, first),
             self._shuffled_clock(case, first),
         ]
+
+    def _claimed(self, finding: AuditFinding) -> AuditFinding:
+        """The finding, or that it cannot be claimed."""
+        if not self.prepared or finding.status != "clean":
+            return finding
+        return AuditFinding(finding.name, "not checked", words=UNSEEN[finding.name])
 
     def _features(self, case: Case, events: Events | None = None) -> Tensor:
         found = self.represent(case.events if events is None else events, case.users, case.times)
@@ -285,6 +310,7 @@ class Audit:
             if bites
             else "planted one microsecond earlier nothing changed either: the newest events do not matter here"
         )
+        words += "; what comes before a query counts as known, by however little"
         return AuditFinding(name, "clean", 0.0, None, words)
 
     def _planted(self, case: Case, time: int) -> tuple[Tensor, Tensor]:
@@ -303,7 +329,8 @@ class Audit:
         if self.context is None:
             words = "own history and context are not separable here, so own events cannot be changed in one of them"
             return AuditFinding("self", "not checked", words=words)
-        found, rows = Change(), edits.users_of_rows(case.events)
+        found, rounding, rows = Change(), Change(), edits.users_of_rows(case.events)
+        slack = max(self.tolerance, self.resize_tolerance)
         someone = case.users.unique()
         someone = someone[torch.randperm(len(someone), generator=self._random)[: self.n_users]]
         for user in someone.tolist():
@@ -313,10 +340,17 @@ class Audit:
                 self.context(case.events, table, own.users, own.times, own.times).detach().clone().cpu()
                 for table in (case.events, edited)
             )
-            found |= changed(before, after, self.tolerance, own)
+            found |= changed(before, after, slack, own)
+            rounding |= changed(before, after, self.tolerance, own)
         if found:
             words = "a user's own events change its context: the user is in its own bank"
             return AuditFinding("self", "leak", found.worst, found.example, words)
+        if rounding:
+            words = (
+                f"own events move the context by no more than resize_tolerance {slack:g}: a sum that the own state is "
+                "taken off again rounds like that, and a weight of oneself as small would look the same"
+            )
+            return AuditFinding("self", "information", rounding.worst, rounding.example, words)
         return AuditFinding(
             "self", "clean", 0.0, None, f"own events of {len(someone)} users do not enter their context"
         )

@@ -146,7 +146,8 @@ class ContextBank(nn.Module):
         if states.ndim != 2 or len(states) != len(times):
             raise ValueError(f"states must have a row for each of {len(times)} events, got shape {tuple(states.shape)}")
         earlier = torch.cat([times.diff() < 0, times.new_zeros(1).bool()])
-        earlier[(offsets[1:] - 1).clamp(min=0)] = False  # the next event is another user's
+        ends = offsets[1:][offsets[1:] > 0] - 1  # users before the first event have no row
+        earlier[ends] = False  # the next event is another user's
         if earlier.any():
             row = int(earlier.nonzero()[0])
             raise ValueError(f"times must not decrease within a user, got an earlier time after event {row}")

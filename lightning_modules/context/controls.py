@@ -16,10 +16,13 @@ name                       features                      what it stands for
 ``wide``                   q of a wider encoder          as many columns without context
 ========================== ============================= =======================================================
 
+"q, b" stands for z = combination(q, b), which is [q; b] with ``Concat``, time features between them. With any other
+combination time features follow z; noise and the constant are combined as the first aggregator does, with its q.
+
 Source: spec of arXiv 2502.10205, section 11.8.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -269,9 +272,13 @@ def arm_names(
 
 
 def assemble(
-    arms: Sequence[str], own: Tensor | Mapping[str, Tensor], time: Tensor, contexts: Mapping[str, Tensor]
+    arms: Sequence[str],
+    own: Tensor | Mapping[str, Tensor],
+    time: Tensor,
+    contexts: Mapping[str, Tensor],
+    combinations: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """Feature matrices of arms: own state, then time features, then context.
+    """Feature matrices of arms: own state, then time features, then context; or both combined, then time features.
 
     Args:
         arms: Names.
@@ -279,6 +286,8 @@ def assemble(
         time: ``(Q, 10 + m)`` of :func:`time_features` and :func:`calendar_basis`.
         contexts: By aggregator, ``shuffled:<aggregator>``, ``gaussian`` and ``constant``: ``(Q, k)`` context vectors;
             by ``wide`` the states ``(Q, 2 d)`` of the wider encoder.
+        combinations: By aggregator, ``gaussian`` and ``constant``: ``(q, b) -> (Q, D)``; those of a source that is not
+            named stay side by side.
 
     Returns:
         By arm ``(Q, k) float32``.
@@ -292,12 +301,15 @@ def assemble(
         needed = f"shuffled:{arm.source}" if arm.is_shuffled else arm.source
         if needed != "own" and needed not in contexts:
             raise ValueError(f"arm {arm.name!r} needs the vectors of {needed!r}, got {sorted(contexts)}")
-        parts = [contexts["wide"] if arm.source == "wide" else states.get(arm.source, states["own"])]
-        parts += [time] if arm.has_time else []
-        parts += [contexts[needed]] if needed not in ("own", "wide") else []
+        query = contexts["wide"] if arm.source == "wide" else states.get(arm.source, states["own"])
+        calendar = [time] if arm.has_time else []
+        context = [contexts[needed]] if needed not in ("own", "wide") else []
+        parts = [query, *calendar, *context]
         if len({len(part) for part in parts}) > 1:
             raise ValueError(
                 f"arm {arm.name!r} is made of different numbers of queries: {[len(part) for part in parts]}"
             )
+        if context and arm.source in (combinations or {}):
+            parts = [(combinations or {})[arm.source](query, *context), *calendar]
         features[arm.name] = torch.cat([part.float() for part in parts], 1)
     return features

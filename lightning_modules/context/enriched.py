@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_modules.context.aggregators import Aggregator, AggregatorFactory, Mean
 from lightning_modules.context.bank import ContextBank, own_states, sample_context_users
-from lightning_modules.context.combination import CombinationFactory
+from lightning_modules.context.combination import CombinationFactory, Concat
 from lightning_modules.context.controls import arm_names
 from lightning_modules.context.positive_features import LinearKernel
 from lightning_modules.context.prefix_sums import PrefixMean, PrefixMoments
@@ -284,6 +284,11 @@ class EnrichedEncoder(nn.Module):
         """Names of the branches with context."""
         return [name for name in self.branches if self.branch(name).aggregator is not None]
 
+    @property
+    def mixing(self) -> list[str]:
+        """Names of the branches whose combination does more than put own state and context side by side."""
+        return [name for name in self.aggregators if type(self.branch(name).combination) is not Concat]
+
     def encoder_of(self, name: str) -> EventEncoder:
         """The encoder a branch reads: its own, else the shared one, which is also that of any other name."""
         own = self.branch(name).encoder if name in self.branches else None
@@ -351,8 +356,11 @@ class EnrichedEncoder(nn.Module):
         aggregator = self.branch(name).aggregator
         assert aggregator is not None
         unbounded = (self.rules.n_users, self.rules.max_age_days, self.rules.max_rows) == (None, None, None)
-        if unbounded and not self.rules.exclude_group and type(aggregator) in (Mean, LinearKernel):
-            return self._summed(aggregator, own, bank, users, times)
+        # a sum cannot leave out the rows below a query's k-th
+        sums = type(aggregator) is Mean or (type(aggregator) is LinearKernel and aggregator.top_k is None)
+        if unbounded and not self.rules.exclude_group and sums:
+            with torch.autocast(bank.states.device.type, enabled=False):  # as an aggregator computes
+                return self._summed(aggregator, own, bank, users, times)
         found = own.new_zeros(len(own), aggregator.d_out)
         for rows in times.argsort(stable=True).split(QUERIES_AT_A_TIME):
             context = bank.context(times[rows], users[rows])
@@ -368,6 +376,17 @@ class EnrichedEncoder(nn.Module):
         else:
             found, counts = PrefixMean.build(bank).mean(times, users)
         return aggregator.or_empty(found.to(query), (counts > 0).unsqueeze(1)).to(own)
+
+    def combined(self, name: str, own: Tensor, context: Tensor) -> Tensor:
+        """``(Q, D)``, z = combination(q, b) of own states ``(Q, d)`` and context vectors ``(Q, d_out)`` of a branch.
+
+        Computed without autocast, like the contexts; returned like the own states.
+        """
+        combination = self.branch(name).combination
+        assert combination is not None
+        like = next(combination.parameters(), own)
+        with torch.autocast(like.device.type, enabled=False):
+            return combination(own.to(like), context.to(like)).to(own)
 
 
 def moments(batch: Mapping[str, Tensor]) -> Tensor:

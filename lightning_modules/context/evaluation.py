@@ -6,6 +6,7 @@ arXiv 2502.10205, sections 8 and 11.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -208,7 +209,7 @@ def evaluate(
     wide: EventEncoder | None = None,
     seed: int = 0,
 ) -> ContextStudy:
-    """Probe every target on every arm.
+    """Probe every target on every arm: own states, and z = combination(q, b) of the context that an arm is named after.
 
     Probes are fitted on train queries, choose on validation and are read on test; the context of a query, also of a
     train query, holds states strictly before it of others alone, whatever the fold.
@@ -282,7 +283,13 @@ def _features(
         for arm in arm_names(names, gaussian=evaluation.gaussian, constant=evaluation.constant, wide=wide is not None)
         if not arm.startswith("shuffled") or arm.partition(":")[2] in also_shuffled
     ]
-    return assemble(arms, {name: found.states for name, found in own.items()}, calendar, contexts), n_events, recency
+    queried = {name: found.states for name, found in own.items()}
+    combinations = {name: partial(model.combined, name) for name in model.mixing}
+    if names[0] in combinations:
+        for control in ("gaussian", "constant"):
+            combinations[control] = combinations[names[0]]
+            queried[control] = queried.get(names[0], queried["own"])
+    return assemble(arms, queried, calendar, contexts, combinations), n_events, recency
 
 
 def _probed(
@@ -388,9 +395,6 @@ def exported(model: EnrichedEncoder, batch: Mapping[str, Any], evaluation: Evalu
     encoded = Encoded(model, batch["events"], batch["context_users"])
     own = encoded.own(name, tested["users"], tested["times"]).states
     context = encoded.context(name, own, tested["users"], tested["times"])
-    combination = model.branch(name).combination
-    assert combination is not None
-    bank = encoded.bank(name)
     attention = _attention(encoded, name, own, tested, evaluation.n_influencers)
     ids = batch["user_ids"]
     influencers = [] if attention is None else attention.top_users.tolist()
@@ -400,7 +404,7 @@ def exported(model: EnrichedEncoder, batch: Mapping[str, Any], evaluation: Evalu
         times=tested["times"].cpu(),
         own=own.cpu(),
         context=context.cpu(),
-        embedding=combination(own.to(bank.states), context.to(bank.states)).cpu(),
+        embedding=model.combined(name, own, context).cpu(),
         aggregator=name,
         top_users=[[ids[user] for user in row if user >= 0] for row in influencers] or [[] for _ in range(len(own))],
         top_weights=None if attention is None else attention.top_weights,

@@ -128,6 +128,9 @@ def test_a_fitted_model_is_found_and_audited(seqlit, model, tmp_path, capsys, ar
     findings = json.loads((tmp_path / "found.json").read_text())
     assert {finding["name"] for finding in findings if finding["status"] == "leak"} == leaks
     assert "those of the right moment" in findings[-1]["words"]
+    # Events came coded and labelled: nothing is claimed of what did that.
+    unseen = {finding["name"] for finding in findings if "To see: " in finding["words"]}
+    assert unseen == ({"labels"} if "future" in leaks else {"fitted statistics", "labels"})
     if leaks:
         assert "user user " in said
 

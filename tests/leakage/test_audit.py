@@ -217,6 +217,48 @@ def test_order_of_float_sums_needs_the_declared_tolerance(events, queries):
     assert leaks_of(Audit(represent, resize_tolerance=1e-7).run(events, users, times)) == set()
 
 
+def test_an_own_state_taken_off_a_sum_again_is_told_from_a_leak(events, queries):
+    users, times, _ = queries
+    pipeline = Pipeline()
+
+    def context(weight):
+        def represent_context(own, others, who, when, context_times):
+            plain = pipeline.context(own, others, who, when, context_times)
+            return plain + weight * pipeline.own(others, who, context_times)
+
+        return represent_context
+
+    def found(weight, **settings):
+        return Audit(pipeline, context=context(weight), **settings).run(events, users, times)[4]
+
+    rounding = found(1e-9, resize_tolerance=1e-6)
+    assert (rounding.name, rounding.status) == ("self", "information")
+    assert "as small would look the same" in rounding.words
+    assert 0 < rounding.worst < 1e-6
+    assert found(1e-9).status == "leak", "bit for bit where no tolerance is declared"
+    assert found(1e-4, resize_tolerance=1e-6).status == "leak"
+    assert found(0.0, resize_tolerance=1e-6).status == "clean"
+
+
+def test_what_was_done_before_the_audit_is_not_called_clean(events, queries):
+    users, times, labels = queries
+    plain = Audit(Pipeline(), prepared=True).run(events, users, times, labels=labels)
+    unseen = {finding.name: finding for finding in plain if finding.name in ("fitted statistics", "labels")}
+    assert [(one.status, one.worst) for one in unseen.values()] == [("not checked", None)] * 2
+    assert all("To see: " in one.words for one in unseen.values())
+    assert "not checked: fitted statistics, self, labels;" in report(plain)
+    assert exit_code(plain) == 0
+    for leak, name in (("normaliser over everything", "fitted statistics"), ("mean label", "labels")):
+        found = Audit(Pipeline(leak, labels), prepared=True).run(events, users, times, labels=labels)
+        assert name in leaks_of(found), "what a call itself does is still seen"
+
+
+def test_what_counts_as_known_is_said(events, queries):
+    users, times, labels = queries
+    findings = Audit(Pipeline()).run(events, users, times, labels=labels)
+    assert "what comes before a query counts as known, by however little" in findings[3].words
+
+
 def test_a_clock_that_matters_is_told_from_one_that_does_not(events):
     random = torch.Generator().manual_seed(0)
     users = torch.arange(N_USERS).repeat(20)

@@ -1,6 +1,6 @@
 """What attention must find and what context must not: a group among others, nothing, and a decay over several seeds.
 
-The slow tests run real presets of ``scripts/synthetic_context.py``, of about a minute each; sizes are declared there.
+The slow tests run real presets of ``scripts/synthetic_context.py``, of one to three minutes each; sizes stand there.
 """
 
 import json
@@ -98,14 +98,14 @@ def cell(project, folder, claim, seed, split="users"):
 def test_symmetric_attention_recovers_the_group_where_the_mean_fails(project, tmp_path):
     found = cell(project, tmp_path, "cohort", 0, "time")
     # Chance is 1/8.
-    assert found["mass"]["symmetric"] > 0.5
+    assert found["mass"]["symmetric"] > 0.6
     assert found["mass"]["mean"] < 0.2
     # By time the mean over all groups is worse than own history alone, and better than it is who finds the group.
-    assert (
-        found["arms"]["mean"]
-        > found["arms"]["own"]
-        > min(found["arms"]["symmetric"], found["arms"]["attention_hawkes"])
-    )
+    assert found["arms"]["mean"] > found["arms"]["own"]
+    assert found["judged"]["helps"] is True
+    assert found["share"][1] > 0.2, "the lower end of the interval; 0.29 here"
+    # What a mean over the true group would have: attention comes close to it.
+    assert found["arms"][found["chosen"]] < found["known group"] + 0.02
 
 
 @pytest.mark.slow

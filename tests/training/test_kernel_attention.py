@@ -17,6 +17,7 @@ from lightning_modules import KernelAttentionAggregator
 from lightning_modules.context import (
     Attention,
     AttentionHawkes,
+    Concat,
     ContextRules,
     Ema,
     Evaluation,
@@ -37,6 +38,7 @@ from lightning_modules.context import (
     Static,
     SymmetricAttention,
 )
+from lightning_modules.context.data_state import require_absolute_times
 from lightning_modules.context.study import ContextStudy
 from lightning_modules.losses import CPC, CoLES, NextEvent, Supervised
 from lightning_modules.networks import RecurrentEncoder, TransformerEncoder, encode_table
@@ -414,6 +416,107 @@ def test_an_encoder_is_taken_from_a_checkpoint(folder, tmp_path):
     assert trainer.current_epoch == 2
     bank, other = first.contexts.banks["shared"], second.contexts.banks["shared"]
     assert torch.equal(bank.states, other.states)
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder, tmp_path_factory):
+    """A checkpoint whose encoder was trained by CoLES on users of the default split."""
+    path = tmp_path_factory.mktemp("pretrained")
+    data = events_of(folder, sampler=ColesSlices(2, 2, 12), targets={})
+    mean = {"encoder_objective": CoLES, "encoder_epochs": 1, "aggregators": {"mean": Mean}}
+    fitted(data, ModelCheckpoint(dirpath=path, filename="best"), **mean)
+    return path / "best.ckpt"
+
+
+def with_weights(data, path, **settings):
+    return fitted(data, encoder_weights=str(path), encoder_epochs=0, aggregator_epochs=1, **settings)
+
+
+def test_an_encoder_of_another_objective_on_the_same_training_is_taken(folder, pretrained):
+    data = events_of(folder, sampling_seed=None)
+    module, _ = with_weights(data, pretrained, seed=9)
+    saved = torch.load(pretrained, weights_only=True)
+    weights = {f"model.encoder.{name}": one for name, one in module.model.encoder.state_dict().items()}
+    assert all(torch.equal(one, saved["state_dict"][name]) for name, one in weights.items())
+    seed = saved["EventSequencesDataModule"]["sampling_seed"]
+    assert (seed, data.state_dict()["sampling_seed"]) == (1, 9), "only weights are taken over, not the order of batches"
+    with_weights(events_of(folder, of=OneBatch), pretrained)  # a data module of another name, the same in it
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": 43}, "trained with seed 42, here it is 43"),
+        ({"test_fraction": 0.3}, "trained with test_fraction 0.25, here it is 0.3"),
+        ({"split": "time", "validation_start": "2020-02-01", "test_start": "2020-02-15"}, "trained with "),
+    ],
+)
+def test_an_encoder_of_another_training_is_refused(folder, pretrained, settings, message):
+    with pytest.raises(ValueError, match=rf"encoder_weights: .*best\.ckpt: checkpoint was {message}") as refused:
+        with_weights(events_of(folder, **settings), pretrained)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["vocabularies", "means", "deviations", "train_digest"])
+def test_an_encoder_of_another_coding_is_refused(folder, pretrained, tmp_path, name):
+    saved = torch.load(pretrained, weights_only=True)
+    state = saved["EventSequencesDataModule"]
+    state[name] = [one[::-1] for one in state[name]] if name == "vocabularies" else state[name][::-1]
+    state[name] = [one + 1 for one in state[name]] if name in ("means", "deviations") else state[name]
+    torch.save(saved, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=f"encoder_weights: .*trained on other events: {name} differs"):
+        with_weights(events_of(folder), tmp_path / "other.ckpt")
+
+
+def test_an_encoder_that_does_not_say_what_it_was_trained_on_is_taken_with_a_warning(folder, pretrained, tmp_path):
+    saved = torch.load(pretrained, weights_only=True)
+    torch.save({"state_dict": saved["state_dict"]}, tmp_path / "bare.ckpt")
+    with pytest.warns(
+        UserWarning, match=r"bare\.ckpt does not say what it was trained on, so nothing could be compared"
+    ):
+        with_weights(events_of(folder), tmp_path / "bare.ckpt")
+
+
+def test_relative_times_have_no_context(folder):
+    data = events_of(folder, relative_times=True)
+    module = aggregator(data)
+    with pytest.raises(
+        ValueError, match=r"context needs absolute times, got .*relative_times true: .*nobody"
+    ) as refused:
+        trainer_of(module).fit(module, data)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="context needs absolute times"):
+        trainer_of(module).test(module, data, verbose=False)
+
+
+def test_a_data_module_that_says_something_else_by_its_split_is_let_through():
+    for split in ("by hand", '["relative_times"]', {"relative_times": False}, None):
+        require_absolute_times(SimpleNamespace(state_dict=lambda split=split: {"split": split}))
+    require_absolute_times(None)
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_an_audit_is_shown_what_is_exported(folder, tune):
+    data = events_of(folder)
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    queries = batch["queries"]["silent"]
+    rows = queries["fold"] == 2
+    for combination, width in ((Concat, 8 * (1 + 2 * tune) + 16), (Gated, 8 * (1 + 2 * tune) + 32)):
+        module = aggregator(
+            data,
+            aggregators={"mean": Mean, "kernel": KernelAttention},
+            combination=combination,
+            tune_encoder=tune,
+            evaluation=Evaluation(explained="kernel"),
+        ).eval()
+        shown = module.represent(
+            batch["events"], queries["users"][rows], queries["times"][rows], batch["context_users"]
+        )
+        exports = module.predict_step(batch, 0)
+        assert shown.shape[1] == width
+        last = exports.context if combination is Concat else exports.embedding
+        assert torch.equal(shown[:, -8:], last)
 
 
 def test_a_wider_encoder_is_an_arm_of_its_own_best_epoch(folder):

@@ -280,5 +280,17 @@ def test_wrong_queries_end_in_one_line():
         sample_context_users(torch.arange(3), 0, 0)
 
 
+@pytest.mark.parametrize("users", [([], [5, 3]), ([5, 3], []), ([], [], [1, 2], [], [5, 3], [])])
+def test_times_are_checked_whoever_has_no_events(users):
+    states, events = table(*users)
+    with pytest.raises(ValueError, match=f"earlier time after event {len(events['times']) - 2}"):
+        ContextBank.build(states, events, torch.tensor([0]))
+
+
+def test_the_next_user_may_begin_earlier_whoever_has_no_events():
+    states, events = table([], [4, 5], [], [2], [], [1], [])
+    assert ContextBank.build(states, events, torch.arange(7)).times.tolist() == [4, 5, 2, 1]
+
+
 def test_rules_are_plain_values():
     assert Visibility(**Visibility(lag=3, max_context=2).plain()) == Visibility(lag=3, max_context=2)

@@ -132,6 +132,23 @@ def test_assembles_own_then_time_then_context():
     assert all(features.dtype == torch.float32 for features in found.values())
 
 
+def test_a_combination_stands_in_place_of_state_and_context_before_time():
+    own, time = torch.full((2, 3), 1.0), torch.full((2, 2), 2.0)
+    contexts = {"gaussian": torch.full((2, 3), 10.0), "wide": torch.full((2, 6), 6.0)}
+    contexts |= {"kernel": torch.full((2, 3), 20.0), "shuffled:kernel": torch.full((2, 3), 30.0), "mean": own + 6}
+    arms = ("own+time", "wide", "gaussian", "kernel", "kernel+time", "shuffled+time:kernel", "mean+time")
+    found = assemble(arms, own, time, contexts, dict.fromkeys(("kernel", "gaussian"), torch.add))
+    assert {name: features[0].tolist() for name, features in found.items()} == {
+        "own+time": [*[1.0] * 3, *[2.0] * 2],
+        "wide": [6.0] * 6,
+        "gaussian": [11.0] * 3,
+        "kernel": [21.0] * 3,
+        "kernel+time": [*[21.0] * 3, *[2.0] * 2],
+        "shuffled+time:kernel": [*[31.0] * 3, *[2.0] * 2],
+        "mean+time": [*[1.0] * 3, *[2.0] * 2, *[7.0] * 3],
+    }
+
+
 def test_each_arm_may_have_states_of_its_own():
     states = {"own": torch.zeros(1, 1), "kernel": torch.ones(1, 1)}
     contexts = {name: torch.zeros(1, 0) for name in ("kernel", "shuffled:kernel", "mean")}

@@ -7,19 +7,22 @@ import torch
 
 from datamodules.synthetic_events import regime
 from lightning_modules.context import (
+    Adding,
     Concat,
     ContextRules,
     EnrichedEncoder,
     Evaluation,
     ExpHawkes,
+    Gated,
     KernelAttention,
     LearnableHawkes,
     LinearProbe,
     Max,
     Mean,
+    Residual,
     evaluate,
 )
-from lightning_modules.context.controls import arm_names, calendar_basis, shuffled_times, time_knots
+from lightning_modules.context.controls import arm_names, calendar_basis, gaussian_like, shuffled_times, time_knots
 from lightning_modules.context.evaluation import Encoded, exported, own_dates
 from lightning_modules.losses import NextEvent
 from lightning_modules.networks import RecurrentEncoder
@@ -46,12 +49,12 @@ def batch():
     return drawn | {"queries": {name: drawn["queries"][name] for name in ("local", "next_type")}}
 
 
-def enriched(aggregators, tune=False, **rules):
+def enriched(aggregators, tune=False, combination=Concat, **rules):
     torch.manual_seed(0)
     return EnrichedEncoder(
         RecurrentEncoder(d_model=6, d_embedding=3, **FACTS),
         aggregators,
-        combination=Concat,
+        combination=combination,
         objective=NextEvent,
         median_gap=1.0,
         rules=ContextRules(**rules),
@@ -107,6 +110,45 @@ def test_the_features_of_every_arm_are_what_its_name_says(batch):
     assert [one.name for one in study.targets] == ["local", "next_type"]
     assert (target.probe, study.seed, study.split) == ("Recorded", 3, "users")
     assert study.bank["n_users"] == len(batch["context_users"])
+
+
+@pytest.mark.parametrize("tune", [False, True])
+@pytest.mark.parametrize("combination", [Gated, Residual, Adding])
+def test_probes_read_what_is_exported(batch, combination, tune):
+    model = enriched({"mean": Mean, "kernel": KernelAttention}, tune=tune, combination=combination)
+    with torch.no_grad():
+        for number, name in enumerate(model.branches):
+            model.encoder_of(name).start.fill_(0.3 * number)
+    _, calls = study_of(model, batch)
+    queries = batch["queries"]["local"]
+    users, times, fold = queries["users"], queries["times"], queries["fold"]
+    encoded = Encoded(model, batch["events"], batch["context_users"])
+    own = {name: encoded.own(name, users, times).states for name in ("own", "mean", "kernel")}
+    context = {name: encoded.context(name, own[name], users, times) for name in ("mean", "kernel")}
+    elsewhen = encoded.context("kernel", own["kernel"], users, shuffled_times(times, fold, 3))
+    trained = context["mean"][fold == 0]
+    with torch.no_grad():
+        of = {name: model.branch(name).combination for name in context}
+        expected = {
+            "own": own["own"],
+            "mean": of["mean"](own["mean"], context["mean"]),
+            "kernel": of["kernel"](own["kernel"], context["kernel"]),
+            "kernel+time": of["kernel"](own["kernel"], context["kernel"]),
+            "shuffled:kernel": of["kernel"](own["kernel"], elsewhen),
+            "shuffled+time:kernel": of["kernel"](own["kernel"], elsewhen),
+            "gaussian": of["mean"](own["mean"], gaussian_like(trained, len(users), 3)),
+            "constant": of["mean"](own["mean"], trained.mean(0).expand(len(users), -1)),
+        }
+    n_time = calls["own+time"][0].shape[1] - 6
+    for arm, features in expected.items():
+        assert torch.equal(calls[arm][0][:, :6], features[fold == 0]), arm
+        assert torch.equal(calls[arm][4][:, :6], features[fold == 2]), arm
+        assert calls[arm][0].shape[1] == 6 + n_time * ("+time" in arm), arm
+        if "+time" in arm:
+            assert torch.equal(calls[arm][0][:, 6:], calls["own+time"][0][:, 6:])
+    exports = exported(model, batch, Evaluation(explained="kernel"))
+    # float32 products of 12 numbers below 1, in an order that depends on how many queries are asked together
+    torch.testing.assert_close(exports.embedding, calls["kernel"][4], rtol=0, atol=1e-6)
 
 
 def test_arms_that_are_not_wanted_are_left_out(batch):

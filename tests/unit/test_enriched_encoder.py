@@ -175,6 +175,40 @@ def test_sums_over_time_give_what_the_look_up_gives(events, monkeypatch):
     assert bool((found["sums"][0][first] == 7).all()), "nobody was there before the first event"
 
 
+def test_a_sum_is_no_shortcut_for_the_rows_that_matter_most(events):
+    everybody = torch.arange(len(events["offsets"]) - 1)
+    users, times = queries(events)
+    found = []
+    for top_k, n_users in ((2, None), (2, 10_000), (None, None)):
+        torch.manual_seed(0)
+        model = enriched(
+            {"linear": partial(LinearKernel, rank=5, top_k=top_k)},
+            RecurrentEncoder(d_model=8, **FACTS),
+            rules=ContextRules(n_users=n_users),
+        )
+        states = model.encode(events)
+        own = model.own(states, events, users, times).states
+        found.append(model.contexts("linear", own, model.bank(states, events, everybody), users, times))
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], atol=1e-3)
+
+
+def test_sums_over_time_are_in_full_precision_under_autocast(events):
+    everybody = torch.arange(len(events["offsets"]) - 1)
+    users, times = queries(events)
+    model = enriched(
+        {"mean": Mean, "linear": partial(LinearKernel, rank=5)},
+        RecurrentEncoder(d_model=8, **FACTS),
+        rules=ContextRules(n_users=None),
+    )
+    states = model.encode(events)
+    bank, own = model.bank(states, events, everybody), model.own(states, events, users, times).states
+    for name in model.aggregators:
+        plain = model.contexts(name, own, bank, users, times)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model.contexts(name, own, bank, users, times), plain), name
+
+
 def test_before_anybody_did_anything_the_declared_vector_is_returned(events):
     model = enriched({"kernel": KernelAttention, "max": Max}, RecurrentEncoder(d_model=8, **FACTS))
     random = enriched({"kernel": KernelAttention}, rules=ContextRules(before_first="random"))
