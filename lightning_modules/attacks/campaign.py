@@ -18,7 +18,7 @@ from lightning_modules.attacks.class_losses import decisions
 from lightning_modules.attacks.discriminators import AttackPlan, DiscriminatorPlan
 from lightning_modules.attacks.engine import Attack, AttackResult
 from lightning_modules.attacks.frozen_networks import Network, logits_of, pass_rows
-from lightning_modules.attacks.grid import RESTART_STRIDE, grid_points, run_grid
+from lightning_modules.attacks.grid import RESTART_STRIDE, GridPoint, grid_points, run_grid
 from lightning_modules.attacks.judges import (
     FittedJudge,
     Judge,
@@ -28,6 +28,7 @@ from lightning_modules.attacks.judges import (
     StatisticsJudge,
     TwoStatisticsJudge,
 )
+from lightning_modules.attacks.objectives import Vanilla
 from lightning_modules.attacks.selection import Candidates, select
 from lightning_modules.attacks.study import AttackStudy, ChosenAttack, JudgeRecord, Role, SeenLevel
 from lightning_modules.metrics.attack_functional import concealability, detector_auc, effectiveness, success_f
@@ -76,6 +77,16 @@ def _scaled(attack: Attack, scales: Mapping[str, Any] | None) -> Attack:
     return scaled
 
 
+def _grid(plan: AttackPlan) -> list[GridPoint]:
+    return grid_points(steps=plan.steps, radii=plan.radii, alphas=plan.alphas, n_restarts=plan.n_restarts)
+
+
+def _conceals(plan: AttackPlan) -> bool:
+    """Whether the plan is more than vanilla, also where validation chooses the weight 0 among others."""
+    objective = plan.attack.objective
+    return not isinstance(objective, Vanilla) and max(plan.alphas, default=getattr(objective, "alpha", 1)) > 0
+
+
 def choose(
     plan: AttackPlan,
     classifier: Network,
@@ -111,7 +122,7 @@ def choose(
             "victim_scale": objective.victim_scale,
             "detector_scale": scale if isinstance(scale, int | float) else list(scale),
         }
-    points = grid_points(steps=plan.steps, radii=plan.radii, alphas=plan.alphas, n_restarts=plan.n_restarts)
+    points = _grid(plan)
     result = run_grid(
         _scaled(plan.attack, scales),
         classifier,
@@ -292,7 +303,7 @@ def judged(
             ChosenAttack(
                 name=plan.name,
                 family=plan.family,
-                concealed=plan.attack.hides(choice["alpha"]),
+                concealed=_conceals(plan),
                 step=choice["step"],
                 radius=choice["radius"],
                 alpha=choice["alpha"],
@@ -308,6 +319,7 @@ def judged(
                 validation_concealability=choice["concealability"],
                 seconds=seconds,
                 restart=choice.get("restart", 0),
+                configurations=tuple(_grid(plan)),
             )
         )
     return AttackStudy(

@@ -15,14 +15,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_modules.attacks.class_losses import decisions
 from lightning_modules.attacks.judges import valid_judge
-from lightning_modules.attacks.selection import pareto_area
+from lightning_modules.attacks.selection import pareto_area, pareto_front
 from lightning_modules.attacks.study import AttackStudy, ChosenAttack, JudgeRecord
-from lightning_modules.attacks.study_bootstrap import HEADLINE_RATE, Decided, baseline_of, intervals
+from lightning_modules.attacks.study_bootstrap import FALSE_ALARMS, Decided, baseline_of, intervals
 from lightning_modules.attacks.thresholds import Threshold, binomial_share, conformal_threshold, n_clean_required
 from lightning_modules.metrics.attack_classifier_functional import (
     classifier_auc,
@@ -53,9 +54,6 @@ from lightning_modules.portfolio.findings import plain
 Findings = dict[str, Any]
 """What :func:`findings` returns."""
 
-FALSE_ALARMS = (HEADLINE_RATE, 0.01)
-"""Rates at which judges are read."""
-
 SATURATED = 17.0
 """Median |logit| above which cross-entropy is flat in float32 (T3)."""
 
@@ -73,14 +71,45 @@ def key(false_alarm_rate: float) -> str:
 def best_concealed(study: AttackStudy) -> ChosenAttack | None:
     """The concealed attack of largest F on validation, the first of equals; None without one.
 
-    By validation, so that the attack in the headline is not the one that test series flatter.
+    By validation, so that the attack in the headline is not the one that test series flatter; over what could be
+    chosen, for with a poor victim no attack at all has an F too.
     """
 
     def validated(attack: ChosenAttack) -> float:
-        found = success_f(attack.validation_effectiveness, attack.validation_concealability)
-        return float(found.nan_to_num(-1.0).max())
+        return max(success_f(*attack.candidates).nan_to_num(-1.0).flatten().tolist(), default=-1.0)
 
     return max((attack for attack in study.attacks if attack.concealed), key=validated, default=None)
+
+
+def pareto_points(study: AttackStudy) -> list[dict[str, Any]]:
+    """The non-dominated candidates of each attack on validation, EFF ascending.
+
+    Returns:
+        Rows of ``attack``, ``family``, ``concealed``, ``effectiveness``, ``concealability``, ``success`` (F1 form),
+        ``configuration`` (its number in the grid), ``step``, ``radius``, ``alpha``, ``restart`` (None for the attack's
+        own value, or where configurations are not known) and ``iteration``, 1..N.
+    """
+    rows: list[dict[str, Any]] = []
+    for attack in study.attacks:
+        effect, hidden = attack.candidates
+        for place in pareto_front(effect, hidden).tolist():
+            number, column = np.unravel_index(place, effect.shape)
+            point = attack.configurations[number] if attack.configurations else None
+            at = (number, column)
+            rows.append(
+                {
+                    "attack": attack.name,
+                    "family": attack.family,
+                    "concealed": attack.concealed,
+                    "effectiveness": float(effect[at]),
+                    "concealability": float(hidden[at]),
+                    "success": float(success_f(effect[at], hidden[at])),
+                    "configuration": int(number),
+                    **{name: getattr(point, name, None) for name in ("step", "radius", "alpha", "restart")},
+                    "iteration": int(column) + 1,
+                }
+            )
+    return rows
 
 
 def vanilla_attacks(study: AttackStudy) -> list[ChosenAttack]:
@@ -136,7 +165,20 @@ def _one_answer(judge: JudgeRecord, study: AttackStudy) -> str | None:
     return "adversarial" if bool(called.all()) else None if bool(called.any()) else "clean"
 
 
+def _alarms(judge: JudgeRecord, threshold: Threshold, level: float, n_thresholds: int) -> dict[str, Any]:
+    """Realised false alarms, and the shares that calibration leaves to chance for all thresholds together."""
+    if not threshold.resolvable:
+        return {"false_alarms": None, "expected_false_alarms": None}
+    n = len(judge.clean)
+    fewest, most = threshold.expected_alarms(n, 1 - (1 - level) / n_thresholds)
+    return {
+        "false_alarms": threshold.realised(judge.clean, level),
+        "expected_false_alarms": [fewest / n, most / n],
+    }
+
+
 def _judge(study: AttackStudy, judge: JudgeRecord, auc: float, level: float) -> dict[str, Any]:
+    n_thresholds = sum(limit.resolvable for one in study.judges for limit in _thresholds(one).values())
     return {
         "role": judge.role,
         "provenance": judge.provenance,
@@ -151,7 +193,7 @@ def _judge(study: AttackStudy, judge: JudgeRecord, auc: float, level: float) -> 
             rate: {
                 "value": threshold.value,
                 "n_required": n_clean_required(threshold.alpha),
-                "false_alarms": threshold.realised(judge.clean, level) if threshold.resolvable else None,
+                **_alarms(judge, threshold, level, n_thresholds),
             }
             for rate, threshold in _thresholds(judge).items()
         },
@@ -243,8 +285,10 @@ def _size(study: AttackStudy, attack: ChosenAttack) -> dict[str, Any]:
 
 
 def _effort(decided: Decided, attack: ChosenAttack) -> dict[str, Any]:
-    flips = steps_to_flip(decided.along, decided.labels)[decided.correct]
-    flipped = flips[flips > 0].double()
+    """Flips up to the chosen iterate; gradients and time of the whole run, which went on to iterate N."""
+    flips = steps_to_flip(decided.along[: attack.iteration + 1], decided.labels)[decided.correct]
+    # Called rightly when clean: wrong at iterate 0 is the random start's doing, no clean error.
+    flipped = flips[flips >= 0].double()
     return {
         "steps_to_flip": {
             "median": float(flipped.quantile(0.5)) if len(flipped) else None,
@@ -279,7 +323,7 @@ def _attack(study: AttackStudy, attack: ChosenAttack, panel: Sequence[JudgeRecor
         "chosen": {name: getattr(attack, name) for name in ("step", "radius", "alpha", "iteration", "restart")},
         "n_steps": len(attack.logits) - 1,
         "n_configurations": len(attack.validation_effectiveness),
-        "pareto_area": pareto_area(attack.validation_effectiveness, attack.validation_concealability),
+        "pareto_area": pareto_area(*attack.candidates),
         "effectiveness": float(decided.effect),
         **_classifier(attack.logits[attack.iteration], study.labels, decided.n_classes),
         "accuracy_on_correct": float(accuracy_on_correct(decided.clean, decided.adversarial, study.labels)),
@@ -306,16 +350,19 @@ def findings(study: AttackStudy, *, n_resamples: int = 2000, level: float = 0.95
     Returns:
         Plain values. ``judges``: by name role, provenance, AUC on vanilla attacks, for trained ones the AUC of each
         training attack and strength on validation and the mean of the vanilla ones, whether it is valid, and at each
-        rate the conformal threshold (None if not resolvable) with the realised false alarms. Shares are lists: share,
-        low, high (Clopper-Pearson), hits, trials. ``attacks``: by name the chosen configuration, EFF, accuracy, F1,
-        ROC-AUC and average precision of the victim (one-vs-rest, macro, for K > 2), accuracy and success on
-        initially correct series, fooling rate, norms and the DTW distance in a band (means over series), roughness
-        ratio, steps to flip, shares of bad and zero gradients, seconds a series; ``judges`` with AUC, CONC
+        rate the conformal threshold (None if not resolvable) with the realised false alarms and the shares between
+        which they lie by chance, beta-binomial, all thresholds together with probability ``level``. Shares are lists:
+        share, low, high (Clopper-Pearson), hits, trials. ``attacks``: by name the chosen configuration, the area under
+        the front of what could be chosen, EFF, accuracy, F1, ROC-AUC and average precision of the victim (one-vs-rest,
+        macro, for K > 2), accuracy and success on initially correct series, fooling rate, norms and the DTW distance in
+        a band (means over series), roughness ratio, steps to flip up to the chosen iterate (0: by a random start),
+        shares of bad and zero gradients and seconds a series, of the run of ``n_steps``; ``judges`` with AUC, CONC
         and F in every form, detection off the ROC curve, share flagged and joint success at the conformal thresholds;
         ``attacked`` against the attacked detectors pooled; ``panel``, mean over the valid held-out judges and the worst
-        of them for the attack; ``intervals`` and ``minus_vanilla``, percentile intervals of EFF, CONC and F in the F1
-        form against the attacked detectors and of mean joint success against the panel, and of what concealment adds to
-        each. ``headline``: the best concealed attack by validation. ``victim``, ``panel``, sizes and the settings.
+        of them for the attack; ``intervals`` and ``minus_vanilla``, intervals of EFF, CONC and F in the F1 form
+        against the attacked detectors and of mean joint success against the panel at each rate, and of what concealment
+        adds to each, ends None where the bootstrap cannot tell (:mod:`lightning_modules.attacks.study_bootstrap`).
+        ``headline``: the best concealed attack by validation. ``victim``, ``panel``, sizes and the settings.
 
     Raises:
         ValueError: If there is no attack, two attacks or judges share a name, ``n_resamples`` is below 1 or ``level``

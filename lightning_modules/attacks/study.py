@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_modules.attacks.grid import GridPoint
+
 Role = Literal["attacked", "held_out", "beside"]
 """``"attacked"``: attacks may read it; ``"held_out"``: no gradient, no selection, a member of the panel if it is valid;
 ``"beside"``: as held out, shown in the report and in no mean of the panel."""
@@ -62,7 +64,7 @@ class ChosenAttack:
     Attributes:
         name: Such as ``"ifgsm sum"``.
         family: Attacks of one family differ in their objective; the vanilla one is the baseline of the others.
-        concealed: Whether the objective reads detectors.
+        concealed: Whether the objective is more than the classifier's loss, also where validation chose the weight 0.
         step: Chosen step; None where the stepper has none of its own.
         radius: Chosen radius; None without a ball.
         alpha: Chosen weight; None where the objective has none.
@@ -78,6 +80,7 @@ class ChosenAttack:
         validation_concealability: ``(G, N + 1) float64``.
         seconds: Time of the attack on the test series.
         restart: Chosen draw of noise.
+        configurations: The G configurations that validation chose from; empty where they are not known.
     """
 
     name: str
@@ -98,6 +101,12 @@ class ChosenAttack:
     validation_concealability: Tensor
     seconds: float
     restart: int = 0
+    configurations: tuple[GridPoint, ...] = ()
+
+    @property
+    def candidates(self) -> tuple[Tensor, Tensor]:
+        """``(G, N) float64`` EFF and CONC on validation at iterates 1..N: iterate 0 is no attack, and never chosen."""
+        return self.validation_effectiveness[:, 1:], self.validation_concealability[:, 1:]
 
 
 @dataclass(frozen=True)

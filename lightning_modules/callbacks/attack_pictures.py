@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_modules.attacks.class_losses import decisions
-from lightning_modules.attacks.findings import FALSE_ALARMS, Findings, best_concealed, key
+from lightning_modules.attacks.findings import Findings, best_concealed, key
 from lightning_modules.attacks.selection import pareto_area, pareto_front
 from lightning_modules.attacks.study import AttackStudy, ChosenAttack
-from lightning_modules.attacks.study_bootstrap import baseline_of
+from lightning_modules.attacks.study_bootstrap import FALSE_ALARMS, baseline_of
 from lightning_modules.callbacks.picture_frame import COLOURS, new_axes, save
 from lightning_modules.metrics.attack_functional import fooled, success_f
 
@@ -156,7 +156,7 @@ def _legend(axes: Axes, title: str | None = None) -> None:
 
 
 def pareto(path: Path, study: AttackStudy) -> None:
-    """On validation, one plot a family: all configurations and iterations, the front, its area and what was chosen."""
+    """On validation, one plot a family: all that could be chosen, the front, its area and what was chosen."""
     families = list(dict.fromkeys(attack.family for attack in study.attacks))
     figure, axes = _tiles(len(families), 4, 3.7, 4.4)
     look = _looks(study)
@@ -168,17 +168,15 @@ def pareto(path: Path, study: AttackStudy) -> None:
             each.plot(grid, np.where(line <= 1, line, np.nan), color="#CCCCCC", linewidth=0.8, zorder=1)
             each.annotate(f"F {level:g}", (level, level), fontsize=7, color=GREY, ha="center", va="center")
         for attack in (one for one in study.attacks if one.family == family):
-            effect, hidden = (
-                of.double().numpy() for of in (attack.validation_effectiveness, attack.validation_concealability)
-            )
+            effect, hidden = (of.double().numpy() for of in attack.candidates)
             style = look[attack.name]
             each.scatter(effect, hidden, s=8, color=style["color"], alpha=0.35, linewidths=0, zorder=2)
             x, y = _stairs(effect, hidden)
             each.step(x, y, where="pre", label=f"{attack.name}, area {pareto_area(effect, hidden):.2f}", **style)
             place = _chosen_on_validation(attack)
             each.plot(
-                effect[place],
-                hidden[place],
+                attack.validation_effectiveness[place],
+                attack.validation_concealability[place],
                 "*",
                 color=style["color"],
                 markersize=13,
@@ -191,7 +189,7 @@ def pareto(path: Path, study: AttackStudy) -> None:
         each.set_ylim(-0.03, 1.03)
         each.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes[0].set_ylabel("concealability CONC")
-    figure.suptitle("validation: every configuration and iteration; star: chosen, largest F", fontsize=10)
+    figure.suptitle("validation: all configurations, iterations 1 to N; star: chosen, largest F", fontsize=10)
     save(figure, path)
 
 

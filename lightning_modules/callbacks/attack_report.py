@@ -1,4 +1,4 @@
-"""The test report of concealed attacks: numbers, three tables, plain sentences and pictures."""
+"""The test report of concealed attacks: numbers, three tables, plain sentences, pictures and the points of a front."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.attacks.findings import Findings, findings
+import polars as pl
+
+from lightning_modules.attacks.findings import Findings, findings, pareto_points
 from lightning_modules.attacks.study import AttackStudy
 from lightning_modules.callbacks import attack_pictures
 from lightning_modules.callbacks.attack_text import classifier_table, judges_table, sentences, table
@@ -15,7 +17,7 @@ from lightning_modules.run_folder import write_whole
 
 
 class AttackReport(StudyReport):
-    """Writes ``report/`` after ``test``: ``metrics.json``, ``report.md`` and PNG pictures.
+    """Writes ``report/`` after ``test``: ``metrics.json``, ``pareto.csv``, ``report.md`` and PNG pictures.
 
     Every batch of ``test_step`` is an :class:`~lightning_modules.attacks.study.AttackStudy` of its series; they are
     joined to one. Arguments and errors are those of :class:`~lightning_modules.callbacks.study_report.StudyReport`.
@@ -32,8 +34,12 @@ class AttackReport(StudyReport):
 
 
 def write_report(folder: Path, study: AttackStudy, found: Findings) -> None:
-    """Write numbers, pictures and, last, the text that links them."""
+    """Write numbers, the points of the Pareto fronts, pictures and, last, the text that links them.
+
+    ``pareto.csv`` has the columns of :func:`~lightning_modules.attacks.findings.pareto_points`.
+    """
     write_whole(folder / "metrics.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+    write_whole(folder / "pareto.csv", pl.DataFrame(pareto_points(study), infer_schema_length=None).write_csv())
     pictures = _pictures(study, found)
     for name, (_, draw) in pictures.items():
         draw(folder / f"{name}.png")

@@ -2,12 +2,15 @@
 
 from typing import Any
 
-from lightning_modules.attacks.findings import FALSE_ALARMS, Findings, key
+from lightning_modules.attacks.findings import Findings, key
+from lightning_modules.attacks.study_bootstrap import FALSE_ALARMS, joint_measure
+from lightning_modules.attacks.thresholds import n_clean_required
 
 HEADLINE = key(FALSE_ALARMS[0])
 """Rate of false alarms of the headline, as a key of the findings."""
 
-_JOINT = "joint_success"
+_RATES = tuple(map(key, FALSE_ALARMS))
+_JOINT = joint_measure(FALSE_ALARMS[0])
 _CONTRADICTION = 0.25  # forms of concealability this far apart are told: a quarter of their range
 _UPSIDE_DOWN = 0.2  # an AUC that is that of a valid judge once read upside down
 
@@ -17,10 +20,11 @@ def _number(value: float | None, form: str = ".2f") -> str:
 
 
 def _interval(values: list[float | None] | None, form: str = ".2f") -> str:
-    if values is None:
+    if values is None or values[0] is None:
         return "not defined"
-    middle, low, high = (_number(value, form) for value in values[:3])
-    return f"{middle} [{low}, {high}]"
+    middle, *ends = values[:3]
+    told = ", ".join(_number(end, form) for end in ends)
+    return f"{middle:{form}} [{'not resolvable by the bootstrap' if None in ends else told}]"
 
 
 def _percent(key: str) -> str:
@@ -44,29 +48,53 @@ def not_resolvable(found: Findings, judges: list[str], rate: str) -> str | None:
     return f"not resolvable (n = {', '.join(map(str, sizes)) or 0})"
 
 
-def _joint(found: Findings, attack: dict[str, Any]) -> str:
+def _joint(found: Findings, attack: dict[str, Any], rate: str) -> str:
     if not found["panel"]:
         return "no valid judge"
-    reason = not_resolvable(found, found["panel"], HEADLINE)
+    reason = not_resolvable(found, found["panel"], rate)
     if reason is not None:
         return reason
-    worst = attack["panel"]["joint_success"][HEADLINE]
-    text = _interval(attack["intervals"]["joint_success"])
+    worst = attack["panel"]["joint_success"][rate]
+    text = _interval(attack["intervals"][joint_measure(float(rate))])
     return text if worst is None else f"{text} ({worst['worst']:.2f})"
+
+
+def _detected(found: Findings, attack: dict[str, Any], role: str) -> str:
+    """Share seen at each rate off the ROC curve, which as a threshold needs that many clean series."""
+    attacked = [judge for name, judge in attack["judges"].items() if found["judges"][name]["role"] == "attacked"]
+    cells = []
+    for rate in _RATES:
+        summed_up = attack["panel"]["detection"][rate]
+        if role == "attacked" and not attacked:
+            return "no detector"
+        if role == "panel" and summed_up is None:
+            return "no valid judge"
+        if found["n_series"] < n_clean_required(float(rate)):
+            cells.append(f"not resolvable (n = {found['n_series']})")
+        elif role == "attacked":
+            cells.append(f"{max(judge['detection'][rate] for judge in attacked):.2f}")
+        else:
+            cells.append(f"{summed_up['mean']:.2f} ({summed_up['worst']:.2f})")
+    return " / ".join(cells)
 
 
 def table(found: Findings) -> list[str]:
     """One row an attack, in Markdown."""
     percent = f"{100 * found['level']:g} %"
+    joint = [
+        f"joint success against the panel at {_percent(rate)} false alarms: mean [{percent}] (worst judge)"
+        for rate in _RATES
+    ]
+    detected = f"detected at {' / '.join(map(_percent, _RATES))} false alarms"
     name = found.get("data", {}).get("set")
     lines = [
         f"# Test report: {found['n_series']} series{f' of {name}' if name else ''}, {found['n_steps']} steps, "
         f"{found['n_channels']} channel{'s' * (found['n_channels'] > 1)}, {len(found['class_names'])} classes",
         "",
         "| attack | EFF | CONC / F against the attacked detector, F1 form | CONC / F, AUC two-sided | "
-        f"F against the panel, AUC two-sided: mean (worst judge) | joint success against the panel at "
-        f"{_percent(HEADLINE)} false alarms: mean [{percent}] (worst judge) | accuracy | Linf | L2 |",
-        "|---" * 9 + "|",
+        f"F against the panel, AUC two-sided: mean (worst judge) | {' | '.join(joint)} | "
+        f"{detected} by the attacked detector | {detected} by the panel: mean (worst judge) | accuracy | Linf | L2 |",
+        "|---" * 12 + "|",
     ]
     for name, attack in found["attacks"].items():
         pooled = None if attack["attacked"] is None else attack["attacked"]["published"]
@@ -82,7 +110,9 @@ def table(found: Findings) -> list[str]:
             _number(attack["effectiveness"]),
             *pairs,
             "no valid judge" if panel is None else f"{panel['mean']:.2f} ({panel['worst']:.2f})",
-            _joint(found, attack),
+            *(_joint(found, attack, rate) for rate in _RATES),
+            _detected(found, attack, "attacked"),
+            _detected(found, attack, "panel"),
             _number(attack["accuracy"]),
             _number(attack["norms"]["linf"], ".3g"),
             _number(attack["norms"]["l2"], ".3g"),
@@ -104,21 +134,23 @@ def classifier_table(found: Findings) -> list[str]:
                 "F1",
                 f"ROC-AUC{several}",
                 f"PR-AUC{several}",
-                "bad gradients",
-                "zero gradients",
-                "ms a series",
+                "N, steps of the run",
+                "bad gradients of N",
+                "zero gradients of N",
+                "ms a series for N",
             ]
         ),
-        "|---" * 10 + "|",
+        "|---" * 11 + "|",
     ]
     ranks = ("f1", "roc_auc", "average_precision")
     victim = found["victim"]
     ranked = [_number(victim[measure]) for measure in ranks]
-    lines.append(_row(["clean series", _number(victim["accuracy"]), "", "", *ranked, "", "", ""]))
+    lines.append(_row(["clean series", _number(victim["accuracy"]), "", "", *ranked, "", "", "", ""]))
     for name, attack in found["attacks"].items():
         decided = [_number(attack[measure]) for measure in ("accuracy", "accuracy_on_correct", "fooling_rate", *ranks)]
         shares = [_number(attack[f"{kind}_gradients"], ".1%") for kind in ("bad", "zero")]
-        lines.append(_row([name, *decided, *shares, f"{1000 * attack['seconds_per_series']:.3g}"]))
+        spent = f"{1000 * attack['seconds_per_series']:.3g}"
+        lines.append(_row([name, *decided, str(attack["n_steps"]), *shares, spent]))
     return lines
 
 
@@ -169,10 +201,14 @@ def sentences(found: Findings) -> list[str]:
     spent = "" if seconds is None else f"Test {seconds['test']:.0f} s. "
     said.append(
         f"{rule if several else ''}{spent}Seed {found['seed']}. Intervals: bootstrap of series, {found['n_resamples']} "
-        "resamples, the same for all attacks; they hold networks, thresholds and configurations fixed. Configurations "
-        "and iterations were chosen on validation by one rule for all attacks. The panel is the valid held-out judges, "
-        "without those that stand beside it; of each, its worst is the judge that is worst for the attack. EFF counts "
-        "clean errors, joint success only series that were called rightly when clean."
+        "resamples, the same for all attacks; they hold networks, thresholds and configurations fixed. That of mean "
+        "joint success also covers an exact one, the mean over judges of simultaneous Clopper-Pearson intervals; where "
+        "all resamples agree, a difference of joint successes has the exact interval of paired series, and other "
+        "measures have none. Configurations and iterations were chosen on validation by one rule for all attacks; "
+        "pareto.csv has EFF, CONC, F, strengths and iteration of those that no other beats in both EFF and CONC. The "
+        "panel is the valid held-out judges, without those that stand beside it; of each, its worst is the judge that "
+        "is worst for the attack. EFF counts clean errors, joint success only series that were called rightly when "
+        "clean."
     )
     return [line for paragraph in said for line in (paragraph, "")][:-1]
 
@@ -199,22 +235,28 @@ def _headline(found: Findings) -> list[str]:
             f" Vanilla *{attack['baseline']}* reaches {_interval(baseline['intervals'][_JOINT])}, so concealment adds "
             f"{_interval(attack['minus_vanilla'][_JOINT], '+.3f')}."
         )
+    for other in _RATES[1:]:
+        text += f" At {_percent(other)} false alarms, mean (worst judge): {_joint(found, attack, other)}."
     return [text]
 
 
 def _gain(found: Findings, measure: str, asked: str, what: str) -> list[str]:
     """Which concealed attacks are ahead of the vanilla attack of their family, which behind, and which neither."""
-    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "open": [], "undefined": []}
+    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "open": [], "unresolved": [], "undefined": []}
     for name, attack in found["attacks"].items():
         if attack["minus_vanilla"] is None:
             continue
         interval = attack["minus_vanilla"][measure]
-        if None in interval:
+        if interval[0] is None:
             groups["undefined"].append(name)
+            continue
+        if None in interval:
+            groups["unresolved"].append(f"{name} ({interval[0]:+.3f})")
             continue
         verdict = "ahead" if interval[1] > 0 else "behind" if interval[2] < 0 else "open"
         groups[verdict].append(f"{name} ({_interval(interval, '+.3f')})")
-    undefined, percent = groups.pop("undefined"), f"{100 * found['level']:g} %"
+    undefined, unresolved = groups.pop("undefined"), groups.pop("unresolved")
+    percent = f"{100 * found['level']:g} %"
     words = {
         "ahead": f"Concealment adds to {what}, the {percent} interval of the difference above zero",
         "behind": "It takes away, the interval below zero",
@@ -223,6 +265,10 @@ def _gain(found: Findings, measure: str, asked: str, what: str) -> list[str]:
     lines = [f"- {words[verdict]}: {'; '.join(names) or 'none of them'}." for verdict, names in groups.items()]
     if not any(groups.values()):
         lines = []
+    if unresolved:
+        lines.append(
+            f"- The bootstrap cannot resolve the difference, the same in all resamples: {'; '.join(unresolved)}."
+        )
     if undefined:
         lines.append(f"- The difference is not defined for: {'; '.join(undefined)}.")
     return ["\n".join([asked, "", *lines])] if lines else []
@@ -327,6 +373,8 @@ def _degenerate(found: Findings) -> list[str]:
     if found["victim"]["one_class"]:
         lines.append("- The victim gives all clean series one class: EFF says nothing of attacks.")
     for name, attack in found["attacks"].items():
+        if attack["concealed"] and attack["chosen"]["alpha"] == 0:
+            lines.append(f"- *{name}*: validation gave concealment the weight 0, so it does not hide.")
         if attack["largest_linf"] == 0:
             lines.append(f"- *{name}* moves no series: it is hidden because it does not attack.")
         elif attack["one_class"] and not found["victim"]["one_class"]:
@@ -355,17 +403,26 @@ def _alarms(found: Findings) -> list[str]:
     lines = []
     for name, judge in found["judges"].items():
         for rate, limit in judge["thresholds"].items():
-            share, bound = limit["false_alarms"], float(rate)
-            if share is not None and not share[1] <= bound <= share[2]:
-                words = (
-                    "more, so joint success is too low" if share[1] > bound else "fewer, so joint success is too high"
-                )
-                lines.append(f"- *{name}* promised {_percent(rate)}: {_interval(share, '.3f')}, {words}.")
-    return (
-        ["False alarms on clean test series that the promised rate does not explain:\n\n" + "\n".join(lines)]
-        if lines
-        else []
+            share, expected = limit["false_alarms"], limit["expected_false_alarms"]
+            if share is None or expected[0] <= share[0] <= expected[1]:
+                continue
+            words = (
+                "more, so joint success is too low"
+                if share[0] > expected[1]
+                else "fewer, as a conformal bound allows: the threshold is conservative, and joint success at exactly "
+                "this rate would be lower"
+            )
+            lines.append(
+                f"- *{name}* promised {_percent(rate)}: {_interval(share, '.3f')}, where calibration leaves "
+                f"{expected[0]:.3f} to {expected[1]:.3f} to chance; {words}."
+            )
+    if not lines:
+        return []
+    asked = (
+        "False alarms on clean test series that the promised rate does not explain (outside the central "
+        f"{100 * found['level']:g} % of their beta-binomial distribution, all thresholds taken together):"
     )
+    return ["\n".join([asked, "", *lines])]
 
 
 def _victim(found: Findings) -> list[str]:
@@ -386,12 +443,13 @@ def _victim(found: Findings) -> list[str]:
 def _costs(found: Findings) -> list[str]:
     lines = []
     for name, attack in found["attacks"].items():
-        chosen = {words: value for words, value in attack["chosen"].items() if value is not None}
-        settings = ", ".join(f"{words} {value:g}" for words, value in chosen.items())
+        chosen = {words: f"{value:g}" for words, value in attack["chosen"].items() if value is not None}
+        chosen["iteration"] += f" of {attack['n_steps']}"
+        settings = ", ".join(f"{words} {value}" for words, value in chosen.items())
         flips = attack["steps_to_flip"]
         flipped = f", half of the flips by step {flips['median']:g}" if flips["median"] is not None else ""
         line = (
-            f"- *{name}*: {settings} of {attack['n_steps']}, the best of {attack['n_configurations']} configurations; "
+            f"- *{name}*: {settings}, the best of {attack['n_configurations']} configurations; "
             f"fools {_number(attack['success_on_correct'], '.0%')} of those called rightly{flipped}; L2 "
             f"{_number(attack['norms']['l2_relative'], '.1%')} of the series, roughness times "
             f"{_number(attack['roughness_ratio'])}, DTW {attack['dtw']['mean']:.3g}."

@@ -51,6 +51,17 @@ def test_same_study_same_pictures(attack_study, full, tmp_path):
         assert np.array_equal(imread(tmp_path / f"{name}.png")[..., :3], full[1][name])
 
 
+def test_no_attack_is_no_point_of_the_pareto_picture(attack_study, full, tmp_path):
+    """Iterate 0, be it the best in both, changes nothing: not the points, not the front, not its area."""
+    ideal = []
+    for one in attack_study.attacks:
+        effect, hidden = one.validation_effectiveness.clone(), one.validation_concealability.clone()
+        effect[:, 0], hidden[:, 0] = 0.95, 1.0
+        ideal.append(replace(one, validation_effectiveness=effect, validation_concealability=hidden))
+    attack_pictures.pareto(tmp_path / "pareto.png", replace(attack_study, attacks=tuple(ideal)))
+    assert np.array_equal(imread(tmp_path / "pareto.png")[..., :3], full[1]["pareto"])
+
+
 @pytest.mark.parametrize(
     "kind",
     [

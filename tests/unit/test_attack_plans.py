@@ -16,6 +16,7 @@ from lightning_modules.attacks import (
     Attack,
     Linf,
     Momentum,
+    NeighReg,
     Nesterov,
     Noise,
     NormSum,
@@ -30,7 +31,7 @@ from lightning_modules.attacks import (
     grid_points,
     run_grid,
 )
-from lightning_modules.attacks.campaign import choose, run_chosen
+from lightning_modules.attacks.campaign import choose, judged, run_chosen
 from lightning_modules.attacks.discriminators import AttackPlan, DiscriminatorPlan
 from lightning_modules.attacks.grid import RESTART_STRIDE
 from lightning_modules.attacks.judges import NetworkJudge
@@ -126,6 +127,29 @@ def ran(plan, clean):
     result = run_chosen(plan, choice, Linear(1), [detector], clean, seed=3)
     assert result.x_adv.isfinite().all()
     return choice, result
+
+
+@pytest.mark.parametrize(
+    ("objective", "alphas", "concealed"),
+    [
+        (Vanilla(), [], False),
+        (SumReg(), [0.0, 1.0], True),  # also where 0 is chosen: else it would be the baseline of its family
+        (SumReg(alpha=0.0), [0.0, 1.0], True),
+        (SumReg(), [0.0], False),
+        (SumReg(alpha=0.0), [], False),
+        (NormSum(), [], True),
+        (NeighReg(alpha=0.1), [], True),  # it hides without a detector
+    ],
+)
+def test_concealed_is_what_is_more_than_the_classifiers_loss(clean, objective, alphas, concealed):
+    plan = plan_of(Attack(objective, SignStep(0.1), n_steps=2), alphas=alphas)
+    choice, _ = ran(plan, clean)
+    judge = judge_of(Linear(2, bias=-0.5))
+    facts = {"levels": {}, "class_names": ("0", "1"), "saturation": 1.0, "seed": 3}
+    zero = {"a": choice | ({"alpha": 0.0} if alphas else {})}
+    study = judged([plan], zero, Linear(1), [judge.network], [(judge, "attacked")], {}, clean, **facts)
+    assert study.attacks[0].concealed is concealed
+    assert [point.alpha for point in study.attacks[0].configurations] == (alphas or [None])
 
 
 def test_a_weight_of_zero_may_be_chosen_from_and_equals_vanilla(clean):

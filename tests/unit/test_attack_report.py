@@ -2,15 +2,18 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from scipy.stats import beta
 from torch.utils.data import DataLoader
 
-from lightning_modules.attacks.findings import findings, vanilla_attacks
+from lightning_modules.attacks.findings import best_concealed, findings, pareto_points, vanilla_attacks
+from lightning_modules.attacks.grid import grid_points
 from lightning_modules.attacks.study import SeenLevel
 from lightning_modules.callbacks import AttackReport
 from lightning_modules.callbacks.attack_text import classifier_table, judges_table, sentences, table
@@ -203,9 +206,14 @@ def test_an_attack_equal_to_its_vanilla_one_gains_nothing(attack_study):
     vanilla = attack_study.attacks[0]
     same = with_attack(attack_study, "ifgsm sum", logits=vanilla.logits, scores=vanilla.scores)
     found = findings(same, n_resamples=DRAWS)
-    for interval in found["attacks"]["ifgsm sum"]["minus_vanilla"].values():
-        assert interval == [0.0, 0.0, 0.0]
-    assert "the interval holding zero: ifgsm sum (+0.000 [+0.000, +0.000])" in text(found)
+    for measure, interval in found["attacks"]["ifgsm sum"]["minus_vanilla"].items():
+        assert interval[0] == 0.0
+        if measure.startswith("joint_success"):
+            assert interval[1] == -interval[2] < 0, "none of 38 pairs of series differs: that is not proof of none"
+        else:
+            assert interval[1:] == [None, None]
+    assert "cannot resolve the difference, the same in all resamples: ifgsm sum (+0.000)" in text(found)
+    assert "the interval holding zero: ifgsm sum (+0.000 [-" in text(found)
 
 
 def warping_distance(one, other, radius):
@@ -238,9 +246,27 @@ def test_size_and_effort_by_hand(make_attack_study):
     assert row["bad_gradients"] == pytest.approx(0.2)  # 2 of 10 gradients
     assert row["zero_gradients"] == pytest.approx(0.5)
     assert row["seconds_per_series"] == pytest.approx(0.01)
-    right = decided(attack.logits) == study.labels.numpy()
-    flips = [int(np.argmin(course)) for course in right.T if course[0] and not course.all()]
-    assert row["steps_to_flip"] == {"median": np.median(flips), "share_flipped": len(flips) / right[0].sum()}
+
+
+@pytest.mark.parametrize("iteration", [3, 10])
+def test_flips_are_counted_up_to_the_chosen_iterate_and_from_a_random_start(attack_study, iteration):
+    attack = attack_study.attacks[1]
+    logits = attack.logits.clone()
+    clean = decided(attack_study.clean_logits) == attack_study.labels.numpy()
+    shaken = np.flatnonzero(clean)[:4]  # the start flips these, and brings one clean error back
+    logits[0, shaken] *= -1
+    logits[:, np.flatnonzero(~clean)[0]] *= -1
+    study = with_attack(attack_study, "ifgsm sum", logits=logits, iteration=iteration)
+    found = findings(study, n_resamples=5)
+    wrong = (decided(logits) != attack_study.labels.numpy())[: iteration + 1, clean]
+    flips = [int(np.argmax(course)) for course in wrong.T if course.any()]
+    assert flips.count(0) == len(shaken)
+    assert found["attacks"]["ifgsm sum"]["steps_to_flip"] == {
+        "median": np.median(flips),
+        "share_flipped": len(flips) / clean.sum(),
+    }
+    assert f"half of the flips by step {np.median(flips):g}" in text(found)
+    assert f"- *ifgsm sum*: step 0.05, alpha 0.1, iteration {iteration} of 10, restart 0, the best of" in text(found)
 
 
 def test_a_judge_beside_the_panel_is_shown_and_in_no_mean_of_it(attack_study, found):
@@ -285,6 +311,79 @@ def test_the_headline_is_chosen_on_validation(attack_study, found):
     assert f"against held-out judges: {middle:.2f} [{low:.2f}, {high:.2f}]** for *ifgsm sum*" in first
     assert f"{worst['worst']:.2f} against *{worst['judge']}*" in first
     assert "so concealment adds +" in first
+
+
+def doing_nothing_looks_best(study, name):
+    """On validation, the victim errs and nothing is seen at iterate 0, which is no attack."""
+    effect, hidden = (
+        getattr(next(one for one in study.attacks if one.name == name), f"validation_{of}").clone()
+        for of in ("effectiveness", "concealability")
+    )
+    effect[:, 0], hidden[:, 0] = 0.99, 1.0
+    return with_attack(study, name, validation_effectiveness=effect, validation_concealability=hidden)
+
+
+def test_no_attack_is_no_candidate(attack_study, found):
+    study = doing_nothing_looks_best(attack_study, "pgd sum")
+    assert best_concealed(study).name == found["headline"] == "ifgsm sum"
+    area = findings(study, n_resamples=5)["attacks"]["pgd sum"]["pareto_area"]
+    attack = attack_study.attacks[4]
+    points = list(
+        zip(
+            attack.validation_effectiveness[:, 1:].flatten().tolist(),
+            attack.validation_concealability[:, 1:].flatten().tolist(),
+            strict=True,
+        )
+    )
+    corners = sorted({0.0, *(effect for effect, _ in points)})
+    by_hand = sum(
+        (right - left) * max(hidden for effect, hidden in points if effect >= right)
+        for left, right in pairwise(corners)
+    )
+    assert area == pytest.approx(by_hand)
+    assert all(row["iteration"] > 0 for row in pareto_points(study))
+
+
+def test_points_of_the_fronts_are_what_no_candidate_beats(attack_study):
+    grid = tuple(grid_points(steps=[0.05, 0.1], alphas=[0.1, 0.3]))
+    random = torch.Generator().manual_seed(0)
+    study = with_attack(attack_study, "ifgsm sum", configurations=grid)
+    for attack in study.attacks:  # of ninths, so that candidates tie in one of the two and in both
+        effect, hidden = (torch.randint(10, (4, 11), generator=random).double() / 9 for _ in range(2))
+        study = with_attack(
+            study, attack.name, validation_effectiveness=effect, validation_concealability=hidden * (1 - effect)
+        )
+    rows = pareto_points(study)
+    assert {row["attack"] for row in rows} == {one.name for one in study.attacks}
+    for attack in study.attacks:
+        effect, hidden = (of.numpy() for of in attack.candidates)
+        wanted = {
+            (g, n + 1)
+            for g, n in np.ndindex(effect.shape)
+            if not (
+                (effect >= effect[g, n]) & (hidden >= hidden[g, n]) & ((effect + hidden) > (effect + hidden)[g, n])
+            ).any()
+        }
+        own = [row for row in rows if row["attack"] == attack.name]
+        values = {(effect[g, n - 1], hidden[g, n - 1]) for g, n in wanted}
+        assert {(row["effectiveness"], row["concealability"]) for row in own} == values
+        assert len(own) == len(values), "one of equals"
+        for row in own:
+            at = (row["configuration"], row["iteration"] - 1)
+            assert (row["configuration"], row["iteration"]) in wanted
+            assert (row["effectiveness"], row["concealability"]) == (effect[at], hidden[at])
+            harmonic = 2 * effect[at] * hidden[at] / ((effect[at] + hidden[at]) or 1)
+            assert row["success"] == pytest.approx(harmonic)
+            if attack.name == "ifgsm sum":
+                assert (row["step"], row["alpha"]) == (grid[at[0]].step, grid[at[0]].alpha)
+            else:
+                assert (row["step"], row["alpha"], row["restart"]) == (None, None, None), "not known"
+
+
+def test_a_concealed_attack_of_weight_zero_is_said_not_to_hide(attack_study, found):
+    assert "the weight 0" not in text(found)
+    weightless = text(findings(with_attack(attack_study, "ifgsm sum", alpha=0.0), n_resamples=5))
+    assert "- *ifgsm sum*: validation gave concealment the weight 0, so it does not hide." in weightless
 
 
 def levels_of(*aucs):
@@ -358,6 +457,17 @@ def test_too_few_calibration_series_are_said_to_be_too_few(make_attack_study):
         if "5 %" in few:
             assert found["attacks"]["ifgsm"]["judges"][ATTACKED]["joint_success"]["0.05"] is None
             assert f"| not resolvable (n = {n_calibration}) |" in table(found)[4]
+        joint = table(found)[4].split(" | ")[5:7]
+        assert ["not resolvable" in cell for cell in joint] == [rate in few for rate in ("5 %", "1 %")]
+
+
+def test_detection_at_one_percent_is_shown_from_99_series_on(make_attack_study):
+    for n, enough in ((98, False), (99, True)):
+        found = findings(make_attack_study(n=n), n_resamples=5)
+        row, cells = found["attacks"]["ifgsm sum"], table(found)[5].split(" | ")[7:9]
+        panel = row["panel"]["detection"]["0.01"]
+        shown = [f"{row['judges'][ATTACKED]['detection']['0.01']:.2f}", f"{panel['mean']:.2f} ({panel['worst']:.2f})"]
+        assert [cell.split(" / ")[1] for cell in cells] == (shown if enough else [f"not resolvable (n = {n})"] * 2)
 
 
 def test_degenerate_cases_are_flagged(attack_study):
@@ -395,10 +505,14 @@ def test_a_detector_read_upside_down_is_no_evasion(attack_study):
 def test_false_alarms_beyond_the_promise_are_told(attack_study):
     loud = with_judge(attack_study, "statistics", calibration=torch.full((120,), 1e-6))
     said = text(findings(loud, n_resamples=5))
-    assert "- *statistics* promised 5 %: 1.000 [0.912, 1.000], more, so joint success is too low." in said
+    assert (
+        "- *statistics* promised 5 %: 1.000 [0.912, 1.000], where calibration leaves 0.000 to 0.200 to chance; " in said
+    )
+    assert "; more, so joint success is too low." in said
     quiet = with_judge(attack_study, "statistics", clean=torch.zeros(1000), calibration=torch.ones(120))
     said = text(findings(quiet, n_resamples=5))
-    assert "- *statistics* promised 5 %: 0.000 [0.000, 0.004], fewer, so joint success is too high." in said
+    assert "- *statistics* promised 5 %: 0.000 [0.000, 0.004], where calibration leaves 0.0" in said
+    assert "; fewer, as a conformal bound allows: the threshold is conservative, and joint success at exactly" in said
 
 
 def test_saturated_victims_are_flagged(make_attack_study, found):
@@ -413,18 +527,30 @@ def test_tables_have_one_row_an_attack_and_one_a_judge(attack_study, found):
     lines = table(found)
     assert lines[0] == "# Test report: 40 series, 30 steps, 1 channel, 2 classes"
     assert len(lines) == 4 + len(attack_study.attacks)
-    assert {line.count("|") for line in lines[2:]} == {10}
+    assert {line.count("|") for line in lines[2:]} == {13}
     row = found["attacks"]["ifgsm sum"]
     pooled, norms = row["attacked"]["published"], row["norms"]
     cell = f"{pooled['concealability']['f1']:.2f} / {pooled['success']['f1']:.2f}"
     assert f"| ifgsm sum | {row['effectiveness']:.2f} | {cell} |" in lines[5]
     assert lines[5].endswith(f"| {row['accuracy']:.2f} | {norms['linf']:.3g} | {norms['l2']:.3g} |")
+    assert "at 5 % false alarms: mean [95 %] (worst judge) | joint success against the panel at 1 %" in lines[2]
+    for rate, measure in (("0.05", "joint_success"), ("0.01", "joint_success_0.01")):
+        middle, low, high = row["intervals"][measure]
+        assert middle == pytest.approx(row["panel"]["joint_success"][rate]["mean"])
+        assert (
+            f"| {middle:.2f} [{low:.2f}, {high:.2f}] ({row['panel']['joint_success'][rate]['worst']:.2f}) |" in lines[5]
+        )
+    own, panel = row["judges"][ATTACKED]["detection"]["0.05"], row["panel"]["detection"]["0.05"]
+    few = "not resolvable (n = 40)"  # a rate of 1 % off a ROC curve takes 99 clean series
+    assert f"| {own:.2f} / {few} | {panel['mean']:.2f} ({panel['worst']:.2f}) / {few} |" in lines[5]
     lines = classifier_table(found)
     assert len(lines) == 3 + len(attack_study.attacks)
-    assert {line.count("|") for line in lines} == {11}
+    assert {line.count("|") for line in lines} == {12}
     decided = " | ".join(f"{row[key]:.2f}" for key in ("accuracy", "accuracy_on_correct", "fooling_rate", "f1"))
     assert lines[4].startswith(f"| ifgsm sum | {decided} | {row['roc_auc']:.2f} | {row['average_precision']:.2f} |")
-    assert lines[4].endswith(f"| {row['bad_gradients']:.1%} | {row['zero_gradients']:.1%} | 10 |"), "0.01 s a series"
+    shares = f"{row['bad_gradients']:.1%} | {row['zero_gradients']:.1%}"
+    assert "| N, steps of the run | bad gradients of N | zero gradients of N | ms a series for N |" in lines[0]
+    assert lines[4].endswith(f"| 10 | {shares} | 10 |"), "10 steps, of which 8 were chosen; 0.01 s a series"
     assert f"| clean series | {found['victim']['accuracy']:.2f} | " in lines[2]
     assert len(judges_table(found)) == 2 + len(attack_study.judges)
     assert {line.count("|") for line in judges_table(found)} == {9}
@@ -551,6 +677,10 @@ def test_callback_joins_batches_and_writes_a_report(make_attack_study, tmp_path,
     assert report.startswith("# Test report: 20 series of GunPoint, 30 steps, 1 channel, 2 classes")
     assert "| judge | role |" in report
     assert "| victim on | accuracy |" in report
+    assert "pareto.csv has EFF, CONC, F, strengths and iteration" in report
+    points = pl.read_csv(folder / "pareto.csv")
+    assert points.to_dicts() == pl.DataFrame(pareto_points(study), infer_schema_length=None).to_dicts()
+    assert points.columns[:6] == ["attack", "family", "concealed", "effectiveness", "concealability", "success"]
     assert not list(folder.glob(".*"))  # no draft is left
 
 

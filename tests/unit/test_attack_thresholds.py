@@ -11,6 +11,7 @@ from lightning_modules.attacks.thresholds import (
     Threshold,
     binomial_share,
     conformal_threshold,
+    mean_difference_interval,
     n_clean_required,
 )
 
@@ -97,6 +98,38 @@ def test_realised_rate_counts_strictly_above():
     assert found == binomial_share(1, 4)
 
 
+@pytest.mark.parametrize(("n", "n_series", "alpha"), [(50, 150, 0.05), (120, 40, 0.01), (19, 30, 0.05)])
+def test_expected_alarms_are_quantiles_of_a_beta_binomial(n, n_series, alpha):
+    """P(k alarms) by ranks: all orders of the scores alike, the r-th smallest of n has k of the others above it."""
+    rank = ceil((n + 1) * (1 - Fraction(str(alpha))))
+    orders = comb(n + n_series, n)
+    chances = [
+        comb(rank - 1 + n_series - k, rank - 1) * comb(n - rank + k, n - rank) / orders for k in range(n_series + 1)
+    ]
+    assert sum(chances) == pytest.approx(1)
+    fewest, most = Threshold(alpha, n, 0.0).expected_alarms(n_series, 0.9)
+    assert sum(chances[:fewest]) <= 0.05 < sum(chances[: fewest + 1])
+    assert sum(chances[most + 1 :]) <= 0.05 < sum(chances[most:])
+
+
+def test_an_exact_mean_over_judges_covers_whatever_the_judges_share():
+    """Judges that agree, and judges that never do; a Clopper-Pearson interval for one."""
+    assert mean_difference_interval([7], [], 20, 0.9) == binomial_share(7, 20, 0.9)[1:3]
+    low, high = mean_difference_interval([0, 0, 0], [], 150)
+    assert (low, high) == (0, pytest.approx(1 - (0.025 / 3) ** (1 / 150)))  # 0 hits leave (1 - p)^n = tail
+    end = binomial_share(0, 150, 0.975).high
+    assert mean_difference_interval([0], [0], 150) == (-end, end)
+    random = np.random.default_rng(0)
+    for chances in ([0.01, 0.01], [0.02, 0.5, 0.97]):
+        for shared in (True, False):
+            hits = 0
+            for _ in range(300):
+                luck = random.random((40, 1)) if shared else random.random((40, len(chances)))
+                low, high = mean_difference_interval((luck < chances).sum(0).tolist(), [], 40)
+                hits += low <= np.mean(chances) <= high
+            assert hits >= 285, "it covers at least 95 %"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -108,6 +141,8 @@ def test_realised_rate_counts_strictly_above():
         (lambda: binomial_share(0, 0), "got 0 of 0"),
         (lambda: binomial_share(1, 2, 1.0), "level must lie strictly between 0 and 1"),
         (lambda: Threshold(0.5, 3, 1.0).realised(torch.zeros(0)), "got 0 of 0"),
+        (lambda: Threshold(0.05, 3, None).expected_alarms(9), "at least 19 clean series are needed"),
+        (lambda: mean_difference_interval([3], [], 2), "got 3 of 2"),
     ],
 )
 def test_bad_input_ends_in_one_line(call, message):
