@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError:  # not everywhere: processes then prepare side by side
     fcntl = None  # type: ignore[assignment]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the key: raised when the arrays change in meaning."""
 
 _FACTS = "facts.json"

@@ -39,8 +39,14 @@ class InteractionsDataModule(LightningDataModule):
 
     Ties: with ``next_basket`` the interactions of one timestamp are one basket; the input ends before the timestamp
     asked for, and all known distinct items of that timestamp are relevant. With ``next_item`` interactions of one
-    timestamp are ordered by ``order_column``, if given, then by a hash of (seed, user, item, time), never by their
-    place in the file; the last is asked for and all before it are input, those of the same timestamp included.
+    timestamp are ordered by ``order_column``, if given, then by a hash of (seed, user, item, time), of equal lines the
+    n-th by one of (seed, user, item, time, n), never by their place in the file; the last is asked for and all before
+    it are input, those of the same timestamp included.
+
+    The counts of ``min_item_count`` and ``min_user_count`` are of the whole file, test period and validation users
+    included, as published: which items and users training knows, and through the number of rows left the time of the
+    cut, depend on the future to that extent. On Online Retail 91 of 3,177 items have fewer than 5 training events. With
+    both at 1 nothing of training depends on the future but for the time of the cut.
 
     Source: arXiv 2509.09682 for the filters, the split and the single window per user. Departures: the cut never
     splits a timestamp; ties in time are ordered by a hash; ``next_basket``, ``leave_last_out``, ``strided`` windows
@@ -77,7 +83,9 @@ class InteractionsDataModule(LightningDataModule):
         batch_size: Training sequences in a batch and process, at least 1.
         eval_batch_size: Users in a batch of evaluation, at least 1.
         num_workers: Worker processes; 0 is fast enough, see ``scripts/bench_interactions.py``.
-        seed: Of ties, validation users, order of epochs and drawn targets.
+        seed: Of ties and validation users.
+        sampling_seed: Of order of epochs, places inside baskets and drawn targets; None is ``seed``. It moves training
+            and leaves the split.
         cache_dir: Folder of the cache, relative to the current one.
 
     Raises:
@@ -113,6 +121,7 @@ class InteractionsDataModule(LightningDataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 42,
+        sampling_seed: int | None = None,
         cache_dir: str = ".seqlit_cache",
     ) -> None:
         _check_choice("time_unit", time_unit, ("s", "ms", "us", "ns"))
@@ -148,6 +157,7 @@ class InteractionsDataModule(LightningDataModule):
         self.recommend_seen = recommend_seen
         self.target: Target = target
         self.seed = seed
+        self._sampling_seed = sampling_seed
         self._paths = paths
         self._settings = PreparationSettings(
             columns=Columns(
@@ -188,7 +198,7 @@ class InteractionsDataModule(LightningDataModule):
         self._folder()
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled training sequences; the order is a function of (seed, epoch) alone."""
+        """Shuffled training sequences; the order is a function of (sampling seed, epoch) alone."""
         self._train_loader = self._loader(self._training_sequences(), self._batch_size, shuffled=True)
         return self._train_loader
 
@@ -246,6 +256,7 @@ class InteractionsDataModule(LightningDataModule):
                 "recommend_seen": self.recommend_seen,
                 "train_window": self._train_window,
                 "shuffle_within_basket": self._shuffle_within_basket,
+                "sampling_seed": self._order_seed,
                 "max_length": self.max_length,
                 "batch_size": self._batch_size,
                 "eval_batch_size": self._eval_batch_size,
@@ -253,7 +264,7 @@ class InteractionsDataModule(LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """How the data was split, epoch and finished batches of it, and the catalogue; plain values only."""
+        """Split, digest of the training data, epoch and finished batches of it, catalogue, seeds; plain values only."""
         place = {"epoch": 0, "batches": 0} if self._train_loader is None else self._train_loader.state_dict()
         return {
             "preparation": json.dumps(self._decisive(), sort_keys=True),
@@ -261,14 +272,16 @@ class InteractionsDataModule(LightningDataModule):
             "position": place["batches"],
             "catalogue_hash": self.catalogue_hash,
             "n_items": self.n_items,
+            "sampling_seed": self._order_seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the checkpoint belongs to this catalogue and split; the epoch is set by the trainer.
+        """Check that the checkpoint belongs to this catalogue, split and training data; the trainer sets the epoch.
 
         Raises:
-            ValueError: If the catalogue is another; or, but for ``predict``, if the data is split otherwise: what
-                is tested here may have been trained on there.
+            ValueError: If the catalogue is another; or, but for ``predict``, if the data is split otherwise, by its
+                settings, the time of the cut or the training histories that result: what is tested here may have been
+                trained on there.
         """
         if state_dict["catalogue_hash"] != self.catalogue_hash:
             raise ValueError(
@@ -284,14 +297,24 @@ class InteractionsDataModule(LightningDataModule):
                     f"checkpoint was trained with {name} {there.get(name)!r}, here it is {value!r}: "
                     "its training data may be among what is asked for here"
                 )
+        if self._sampling_seed is None:
+            self._sampling_seed = state_dict["sampling_seed"]
+            self._train = None  # its targets are drawn by the seed
 
     def _decisive(self) -> dict[str, Any]:
-        """Settings that decide which interactions are trained on and which are asked for, as JSON has them."""
-        settings = asdict(self._settings)
+        """Settings that decide which interactions are trained on and which are asked for, and what came of them."""
+        settings, facts = asdict(self._settings), self._folder().facts
         for asked_otherwise in ("drop_seen", "only_new_targets"):
             del settings[asked_otherwise]
-        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        cut = facts["split"].get("cut_time")
+        settings["cut_time"] = None if cut is None else str(np.datetime64(cut, "us"))
+        settings["train_digest"] = facts["train_digest"]
+        plain: dict[str, Any] = json.loads(json.dumps(settings))  # as JSON has them
         return plain
+
+    @property
+    def _order_seed(self) -> int:
+        return self.seed if self._sampling_seed is None else self._sampling_seed
 
     def _folder(self) -> CacheFolder:
         if self._cache is None:
@@ -309,7 +332,7 @@ class InteractionsDataModule(LightningDataModule):
                 max_length=self.max_length,
                 strided=self._train_window == "strided",
                 shuffle_within_basket=self._shuffle_within_basket,
-                seed=self.seed,
+                seed=self._order_seed,
             )
         return self._train
 
@@ -322,7 +345,7 @@ class InteractionsDataModule(LightningDataModule):
             sequences,
             rows=rows,
             shuffled=shuffled,
-            seed=self.seed,
+            seed=self._order_seed,
             **place_among(self.trainer),
             num_workers=self._num_workers,
         )

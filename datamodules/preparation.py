@@ -1,18 +1,19 @@
 """From files to prepared arrays: filters, order, split, layout, each step counted."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from datamodules.array_cache import Prepared
-from datamodules.counter_hash import Purpose, chain, hash_ids
-from datamodules.histories import build_histories
+from datamodules.counter_hash import Purpose, chain, extend, hash_ids
+from datamodules.histories import build_histories, catalogue_hash
 from datamodules.sources.columns import Columns
 from datamodules.sources.tabular import Interactions, read_interactions
 from datamodules.splits import Target, enough, global_time_split, leave_last_out_split, occurrences, user_blocks
@@ -57,6 +58,9 @@ def prepare_histories(files: Sequence[Path], settings: PreparationSettings) -> P
     Args:
         files: CSV and Parquet files.
         settings: What to do with them.
+
+    Returns:
+        As :func:`build_histories`; ``facts`` hold ``steps`` and ``train_digest`` too.
 
     Raises:
         ValueError: In one line, if the files cannot serve, a step leaves nothing or one user alone.
@@ -105,7 +109,17 @@ def prepare_histories(files: Sequence[Path], settings: PreparationSettings) -> P
     for name, count in prepared.facts["split"].items():
         logger.info("%s: %s", name, count)
     prepared.facts["steps"] = steps
+    prepared.facts["train_digest"] = _train_digest(prepared)
     return prepared
+
+
+def _train_digest(prepared: Prepared) -> str:
+    """Sixteen hexadecimal digits for the training histories, in numbers of the catalogue, and ids of their users."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("train_offsets", "train_items", "train_baskets"):
+        digest.update(prepared.arrays[name].data)
+    digest.update(catalogue_hash(prepared.user_ids[: len(prepared.arrays["train_users"])]).encode())
+    return digest.hexdigest()
 
 
 def _in_order(
@@ -126,11 +140,28 @@ def _in_order(
         rows = np.flatnonzero(kept & (table.users >= first) & (table.users <= last))
         owners, bought, when = table.users[rows], table.items[rows], table.times[rows]
         ties = chain(seed, Purpose.TIE, user_words[owners], item_words[bought], when)
-        keys = {"user": owners, "time": when} | ({} if table.order is None else {"order": table.order[rows]})
-        frame = pl.DataFrame(keys | {"tie": ties, "item": bought})
-        order = frame.select(pl.arg_sort_by(*frame.columns)).to_series().to_numpy()
+        keys: dict[str, NDArray[Any]] = {"user": owners, "time": when}
+        if table.order is not None:
+            keys["order"] = table.order[rows]
+        order = _arg_sort(keys | {"tie": ties, "item": bought})
+        # Equal lines have one word and lie side by side: the n-th of them gets a word of its own, wherever it stood.
+        first = np.zeros(len(rows), dtype=bool)
+        for column in (*keys.values(), bought):
+            first[1:] |= column[order][1:] != column[order][:-1]
+        first[:1] = True
+        if not first.all():
+            places = np.arange(len(rows))
+            nth = places - np.maximum.accumulate(np.where(first, places, 0))
+            again = order[~first]
+            ties[again] = extend(ties[again], nth[~first])
+            order = _arg_sort(keys | {"tie": ties, "item": bought})
         items[block], times[block] = bought[order], when[order]
     return users, items, times
+
+
+def _arg_sort(columns: dict[str, NDArray[Any]]) -> NDArray[np.integer]:
+    frame = pl.DataFrame(columns)
+    return frame.select(pl.arg_sort_by(*frame.columns)).to_series().to_numpy()
 
 
 def _step(name: str, table: Interactions, kept: NDArray[np.bool_]) -> dict[str, str | int]:

@@ -145,7 +145,8 @@ def global_time_split(
         target: ``next_item`` or ``next_basket``.
 
     Returns:
-        The split; nothing in it that concerns training depends on the content of the test period.
+        The split. Given these rows, what concerns training depends on the test period by its number of rows alone,
+        which sets the cut. Filters by count, which choose the rows before, have seen the test period.
 
     Source: arXiv 2509.09682, preparation of the data; the cut keeps the interactions of one timestamp together.
     """

@@ -92,6 +92,8 @@ class Baseline(ABC):
     Args:
         histories: Training histories; all of them are read at construction.
         n_items: V, at least 1.
+        item_by_item: Whether each event is a basket of its own, in the order given, as a model of next items reads
+            them; timestamp groups then have no say.
 
     Raises:
         ValueError: If ``n_items`` is below 1, an id lies outside 0..V-1 or the offsets do not fit the items.
@@ -102,17 +104,21 @@ class Baseline(ABC):
     needs_repeats: ClassVar[bool] = False
     """Whether the baseline is meaningful only where a user's own items may be recommended."""
 
-    def __init__(self, histories: Histories, n_items: int) -> None:
+    def __init__(self, histories: Histories, n_items: int, *, item_by_item: bool = False) -> None:
         if n_items < 1:
             raise ValueError(f"n_items must be at least 1, got {n_items}")
         items, baskets, offsets = _checked(histories.items, histories.baskets, histories.offsets, n_items)
-        self.n_items = n_items
+        self.n_items, self.item_by_item = n_items, item_by_item
         counts = np.bincount(items, minlength=n_items)
         self._item_of_rank: Ints = np.argsort(-counts, kind="stable")
         self._rank_of_item = np.empty(n_items, dtype=np.int64)
         self._rank_of_item[self._item_of_rank] = np.arange(n_items)
         self._n_hops = 0  # training users or baskets by way of which the scores are summed
-        self._fit(self._rank_of_item[items], baskets, offsets)
+        self._fit(self._rank_of_item[items], self._steps(baskets, offsets), offsets)
+
+    def _steps(self, baskets: Ints, offsets: Ints) -> Ints:
+        """``(M,)`` number of the basket of each event inside its history."""
+        return np.arange(len(baskets)) - offsets[:-1][_rows(offsets)] if self.item_by_item else baskets
 
     def _fit(self, ranks: Ints, baskets: Ints, offsets: Ints) -> None:
         """Read what is needed beyond popularity; items are given by popularity rank."""
@@ -152,7 +158,7 @@ class Baseline(ABC):
         if exclude_seen and self.needs_repeats:
             raise ValueError(f"exclude_seen must be False for {self.name}, got True: nothing would be left to rank")
         items, baskets, offsets = _checked(history_items, history_baskets, history_offsets, self.n_items)
-        ranks = self._rank_of_item[items]
+        ranks, baskets = self._rank_of_item[items], self._steps(baskets, offsets)
         n_users = len(offsets) - 1
         chunk = max(1, CHUNK_BYTES // (_SCORE_BYTES * (self.n_items + k) + _HOP_BYTES * self._n_hops))
         top = np.empty((n_users, k), dtype=np.int64)
@@ -201,7 +207,7 @@ class MostPopular(Baseline):
 
 
 class LastBasketMarkov(Baseline):
-    """First-order Markov chain between baskets.
+    """First-order Markov chain between baskets, with ``item_by_item`` between single events.
 
     ``score(j) = sum_{i in last basket} n_ij / sum_l n_il``, where n_ij counts the pairs of consecutive training
     baskets of one user with item i in the first and j in the second. An item bought several times in a basket
@@ -283,13 +289,16 @@ class PersonalFrequency(Baseline):
         return sparse.csr_matrix((places, (rows, columns[order])), shape=shape)
 
 
-def fit_baselines(histories: Histories, n_items: int, *, repeats_allowed: bool) -> dict[str, Baseline]:
+def fit_baselines(
+    histories: Histories, n_items: int, *, repeats_allowed: bool, item_by_item: bool = False
+) -> dict[str, Baseline]:
     """All baselines of a report by name, personal frequency among them where repeats are allowed.
 
     Args:
         histories: Training histories.
         n_items: V, at least 1.
         repeats_allowed: Whether items of the user's own history may be recommended.
+        item_by_item: As in :class:`Baseline`.
 
     Returns:
         ``{"most_popular": ..., "last_basket_markov": ..., "covisitation": ..., "personal_frequency": ...}``.
@@ -297,4 +306,4 @@ def fit_baselines(histories: Histories, n_items: int, *, repeats_allowed: bool) 
     kinds: list[type[Baseline]] = [MostPopular, LastBasketMarkov, ItemCovisitation]
     if repeats_allowed:
         kinds.append(PersonalFrequency)
-    return {kind.name: kind(histories, n_items) for kind in kinds}
+    return {kind.name: kind(histories, n_items, item_by_item=item_by_item) for kind in kinds}

@@ -54,6 +54,7 @@ class SASRecCCE(LightningModule):
         block: Factory of one block, called with D.
         repeat_mode: Whether to mix in a pointer to the user's own history, for repeat purchases, see
             :class:`lightning_modules.networks.RepeatMixture`. Without effect where own history may not be recommended.
+            A ``CCEMinusLoss`` must then estimate -log p: correction ``"logq"``, or ``n_negatives="all"``.
         loss: ``loss(hidden (..., D), table (V, D), targets (...), step=, rank=, reduction=)``; its mean is over the
             positions that have a target, 0 with zero gradients where none has.
         optimizer: Called with the parameters.
@@ -63,7 +64,8 @@ class SASRecCCE(LightningModule):
         n_recommendations: Items a user in ``predict``.
 
     Raises:
-        ValueError: If a size is out of range, or a fact of the data was not linked.
+        ValueError: If a size is out of range, a fact of the data was not linked, a block would see the answer, or the
+            loss is no -log p that the repeat mode could mix.
 
     Source: the released code of arXiv 2509.09682 for the published block, initialisation and optimiser.
     """
@@ -122,6 +124,11 @@ class SASRecCCE(LightningModule):
         self.loss = CCEMinusLoss() if loss is None else loss
         if isinstance(self.loss, CCEMinusLoss) and item_counts is not None:
             self.loss.fit_proposal(torch.as_tensor(item_counts))
+        if self.repeat is not None and isinstance(self.loss, CCEMinusLoss) and not self.loss.is_log_likelihood:
+            raise ValueError(
+                f"repeat_mode needs a loss that is -log p: correction 'logq' or n_negatives 'all', got correction "
+                f"{self.loss.correction!r} with n_negatives {self.loss.n_negatives}"
+            )
         # Micro-batches so far, not optimiser steps: gradient accumulation must draw fresh negatives each time. A
         # buffer, so that a resumed run goes on with the draws the unbroken run would have made.
         self.micro_step: Tensor
@@ -158,7 +165,9 @@ class SASRecCCE(LightningModule):
         """``(B,)``, ``log sum_j exp <h, table_j>`` of the last slot, over the whole catalogue."""
         any_item = torch.zeros(len(states), dtype=torch.int64, device=states.device)
         table = self.encoder.item_embeddings
-        return cce_minus_loss(states[:, -1], table, any_item, n_negatives="all", return_lse=True)[1]
+        with torch.autocast(states.device.type, enabled=False):  # the kernels would round both operands
+            last = states[:, -1].to(table.dtype)
+            return cce_minus_loss(last, table, any_item, n_negatives="all", return_lse=True)[1]
 
     def _rank(
         self, states: Tensor, batch: dict[str, Tensor], k: int, log_normaliser: Tensor | None = None

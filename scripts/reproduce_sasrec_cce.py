@@ -3,7 +3,8 @@
     python scripts/reproduce_sasrec_cce.py configs/sasrec_cce/online_retail.yaml --seeds 42 43 44
     python scripts/reproduce_sasrec_cce.py CONFIG --seeds 42 -- --data.init_args.recommend_seen false
 
-What follows ``--`` goes to every ``seqlit`` command. Seeds move initial weights, dropout and negatives, not the split.
+What follows ``--`` goes to every ``seqlit`` command. Seeds move initial weights, dropout, negatives, the order of
+epochs, places inside baskets and drawn targets, not the split: ``data.seed`` stays.
 """
 
 import argparse
@@ -21,7 +22,9 @@ KEYS = ("ndcg@10", "hit_rate@10", "recall@10", "coverage@10")
 
 def run(config: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     """One fit and one test; the parsed ``report/metrics.json``."""
-    common = ["--config", config, "--seed_everything", str(seed), "--model.init_args.loss.init_args.seed", str(seed)]
+    common = ["--config", config]
+    for option in ("seed_everything", "model.init_args.loss.init_args.seed", "data.init_args.sampling_seed"):
+        common += [f"--{option}", str(seed)]
     folder = None
     for command in ("fit", "test"):
         lines = []

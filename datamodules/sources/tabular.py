@@ -70,13 +70,15 @@ def read_interactions(paths: Sequence[Path], columns: Columns) -> Interactions:
     rows are kept: a repeat is an event of its own. Files may mix both formats if the columns agree in type.
 
     Ids of CSV files are read as text. If every id of a column is written as a plain integer (no leading zeros) they
-    become integers, else they stay strings. Other CSV columns get the type that their first 10,000 rows suggest; a
-    later value of another type is an error. Rows are counted from 1, the header of a CSV file not included.
+    become integers, else they stay strings. Beside Parquet files with integer ids they must be so written. Other CSV
+    columns get the type that their first 10,000 rows suggest; a later value of another type is an error. NaN in a
+    column counts as missing: ``rating > 3`` is not true of it. Rows are counted from 1, the header of a CSV file not
+    included.
 
     Raises:
         ValueError: In one line with file, column and row, if a file cannot be read or is empty, a column is missing
             or of a wrong type, a condition does not parse or is no condition, an id or a time is missing or
-            unreadable in a row that is kept, or no row is kept.
+            unreadable in a row that is kept, an id changes as an integer, or no row is kept.
     """
     conditions = [_parse_condition(text) for text in columns.where]
     needed = sorted({*columns.named().values(), *(name for c in conditions for name in c.meta.root_names())})
@@ -163,14 +165,19 @@ def _open(path: Path, columns: Columns, needed: list[str]) -> _File:
             raise ValueError(f"{path}: no column {name!r} ({roles.get(name, 'where')}), {word}: {some(hint)}")
     dtypes: dict[str, pl.DataType] = {name: schema[name] for name in needed}
     if not is_csv:
-        return _File(path, rows.select(needed), dtypes, is_csv)
+        return _File(path, rows.select(_without_nan(pl.col(n), dtypes[n]) for n in needed), dtypes, is_csv)
 
     for name in needed:
         as_text = name in columns.ids().values() or (name == columns.time and columns.time_format is not None)
         if as_text or dtypes[name] not in (pl.Int64, pl.Float64, pl.Boolean):
             dtypes[name] = pl.String()
-    typed = [_from_text(name, dtype) for name, dtype in dtypes.items()]
+    typed = [_without_nan(_from_text(name, dtype), dtype) for name, dtype in dtypes.items()]
     return _File(path, rows.select(pl.col(needed).name.prefix("raw:")).with_columns(typed), dtypes, is_csv)
+
+
+def _without_nan(values: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    # Polars orders NaN above every number: it would satisfy `rating > 3`.
+    return values.fill_nan(None) if dtype.is_float() else values
 
 
 def _from_text(name: str, dtype: pl.DataType) -> pl.Expr:
@@ -251,12 +258,17 @@ def _faults(
     faults = []
     for column, dtype in file.dtypes.items():
         if file.is_csv and dtype != pl.String:
-            wrong = file.said(column).is_not_null() & pl.col(column).is_null()
+            wrong = file.said(column).is_not_null() & _from_text(column, dtype).is_null()  # NaN can be read
             faults.append((column, f"is not {_article(dtype)}", wrong))
     faults += [(column, "is missing", kept & file.said(column).is_null()) for column in columns.named().values()]
     for column, dtype in ids.items():
         wrong = pl.col(column).is_not_null() & pl.col(column).cast(dtype, strict=False).is_null()
         faults.append((column, f"is not {_article(dtype)}, as in the other files", kept & wrong))
+        if file.is_csv and dtype.is_integer():
+            # "007" and "7" would become one user.
+            changed = pl.col(column) != pl.col(column).cast(dtype, strict=False).cast(pl.String)
+            reason = "is not an integer without leading zeros or sign, as in the other files"
+            faults.append((column, reason, kept & changed))
     for column in columns.orders().values():
         form = (
             f"as {columns.time_format!r}" if columns.time_format else f"as ISO 8601 or a number of {columns.time_unit}"

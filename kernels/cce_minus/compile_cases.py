@@ -49,6 +49,7 @@ def _variants(sharing: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"alias {correction}", {**alias, "correction": correction}
     yield "uniform none", {"correction": "none"}
     yield "uniform classic_logq", {"correction": "classic_logq"}
+    yield "one negative, classic_logq", {"correction": "classic_logq", "n_columns": 1}
     for dtype in (torch.int32, torch.int64):
         ids = _empty(rows, _K, dtype=dtype)
         yield f"given {dtype}".replace("torch.", ""), {"negatives": ids, "stream": None}

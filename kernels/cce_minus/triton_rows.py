@@ -101,7 +101,7 @@ def finish_rows(
     if CORRECTION == NONE:
         log_scale = tl.zeros_like(positive)
     elif CORRECTION == CLASSIC_LOGQ:
-        log_scale = tl.zeros_like(positive) - tl.log(n_columns.to(tl.float32))
+        log_scale = tl.zeros_like(positive) - tl.log(tl.full((), n_columns, tl.float32))  # 1 comes as a constexpr
         if HAS_LOG_Q:
             positive += log_scale - tl.load(log_q + y)
         else:

@@ -32,8 +32,9 @@ class RankingReport(Callback):
     """Writes ``report/`` after ``test``: ``metrics.json``, ``report.md`` and PNG pictures.
 
     On the very users the model was tested on, with the same candidates: most popular items, a Markov chain from the
-    last basket, item co-visitation, and, where own history may be recommended, the user's own frequent items. Each
-    is compared with the model by a paired bootstrap over users.
+    last basket (with the target ``next_item`` from the last item, whatever shares its timestamp), item co-visitation,
+    and, where own history may be recommended, the user's own frequent items. Each is compared with the model by a
+    paired bootstrap over users.
 
     In several processes each fits the baselines and ranks for its own users; the first writes what all have found. Of
     a user the values under the headline metrics travel, of the rest sums over users: O(users + items) in all.
@@ -65,7 +66,9 @@ class RankingReport(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         histories = data.train_histories()
         n_items = data.n_items
-        self._baselines = fit_baselines(histories, n_items, repeats_allowed=data.recommend_seen)
+        self._baselines = fit_baselines(
+            histories, n_items, repeats_allowed=data.recommend_seen, item_by_item=data.target == "next_item"
+        )
         self._item_counts = np.bincount(histories.items, minlength=n_items)
         self._headline = [f"{word}@{self.cutoff}" for word in _INTERVALS]
         self._users: list[pl.DataFrame] = []

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from lightning_modules.callbacks.picture_frame import COLOURS, new_axes, save, words
@@ -20,14 +21,12 @@ def comparison(path: Path, result: dict[str, Any], key: str) -> None:
     names = list(result["interval"])
     figure, (left, right) = new_axes(2, width=10, height=0.55 * len(names) + 1.6)
     for row, name in enumerate(names):
-        mean, low, high = result["interval"][name][key]
-        left.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=COLOURS[row])
+        _interval(left, row, *result["interval"][name][key])
     left.set_yticks(range(len(names)), [words(name) for name in names])
     left.set_xlim(left=0)
     left.set_xlabel(f"{_metric(key)} with interval")
     for row, name in enumerate(names[1:], start=1):
-        mean, low, high = result["paired_difference"][name][key]
-        right.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=COLOURS[row])
+        _interval(right, row, *result["paired_difference"][name][key])
     right.axvline(0, color="black", linewidth=0.8)
     right.set_yticks(range(1, len(names)), [words(name) for name in names[1:]])
     right.set_xlabel(f"{_metric(key)}: model minus baseline, same users")
@@ -36,6 +35,12 @@ def comparison(path: Path, result: dict[str, Any], key: str) -> None:
         each.grid(axis="y", visible=False)
     figure.suptitle(f"Model and baselines, {result['n_users']} users")
     save(figure, path)
+
+
+def _interval(axes: Axes, row: int, mean: float, low: float, high: float) -> None:
+    # About its own middle: an interval of few resamples, or of a small level, need not hold the mean.
+    axes.errorbar((low + high) / 2, row, xerr=(high - low) / 2, fmt="none", capsize=3, ecolor=COLOURS[row])
+    axes.plot(mean, row, "o", color=COLOURS[row])
 
 
 def by_history_length(path: Path, lengths: np.ndarray, values: dict[str, np.ndarray], key: str) -> None:

@@ -20,7 +20,7 @@ class CCEMinusLoss(nn.Module):
         correction: Importance weight of a negative: ``"logq"`` (unbiased denominator), ``"none"``,
             ``"improved_logq"``, ``"classic_logq"``; see :func:`kernels.cce_minus.cce_minus_loss`.
         popularity_alpha: Negatives are drawn with probability proportional to count^alpha over the training
-            interactions; 0 is uniform, as published.
+            interactions; 0 is uniform, as published. Above 0, :meth:`fit_proposal` comes before the first loss.
         seed: Seed of the draws. With the step and the rank it fixes every id, so a resumed run draws the same.
         impl: ``"auto"`` takes the Triton kernels on a GPU and chunks of PyTorch elsewhere; ``"reference"``,
             ``"torch"`` or ``"triton"`` insist on one.
@@ -65,6 +65,11 @@ class CCEMinusLoss(nn.Module):
         if self.popularity_alpha:
             self.proposal = Proposal.popularity(item_counts, self.popularity_alpha)
 
+    @property
+    def is_log_likelihood(self) -> bool:
+        """Whether the loss of a position is ``-log p(target)``, but for the noise of a sampled denominator."""
+        return self.n_negatives == "all" or self.correction == "logq"
+
     def forward(
         self,
         hidden: Tensor,
@@ -86,7 +91,16 @@ class CCEMinusLoss(nn.Module):
             rank: Process rank; ranks draw different ids.
             weight: Weight of each position, of the shape of ``targets``.
             reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+        Raises:
+            ValueError: If ``popularity_alpha`` is above 0 and there is no proposal, or as
+                :func:`kernels.cce_minus.cce_minus_loss`.
         """
+        if self.popularity_alpha and self.proposal is None:
+            raise ValueError(
+                f"popularity_alpha {self.popularity_alpha} needs a proposal, got none: call fit_proposal(item_counts), "
+                "or give SASRecCCE item_counts"
+            )
         if self.proposal is not None:
             self.proposal = self.proposal.to(hidden.device)
         loss = cce_minus_loss(

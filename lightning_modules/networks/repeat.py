@@ -20,8 +20,9 @@ class RepeatMixture(nn.Module):
         alpha = softmax_s(<Q h, K h_s> / sqrt(D) - delta log(1 + age_s)),   lambda = sigmoid(<w, h> + b),
 
     with age_s in baskets. Before training alpha is nearly uniform, so that the pointer is the user's frequency of each
-    item. The negative log-likelihood of the first part is any per-position loss; with CCE- the denominator
-    stays sampled and no logit matrix is written. Ranking is exact: history items are few and scored one by one.
+    item. The negative log-likelihood of the first part is any per-position loss that estimates it; with CCE- and the
+    correction ``"logq"`` the denominator stays sampled and no logit matrix is written. Ranking is exact: history items
+    are few and scored one by one, in the dtype of the parameters, under autocast too.
 
     Args:
         d_model: Width D.
@@ -122,6 +123,12 @@ class RepeatMixture(nn.Module):
             ``(log-probabilities (B, k) float32, ids (B, k) int64)`` in the order of
             :func:`lightning_modules.ranking.top_k_items`.
         """
+        with torch.autocast(states.device.type, enabled=False):
+            return self._rank(states.to(self.gate.weight.dtype), item_ids, basket_ids, table, log_normaliser, k)
+
+    def _rank(
+        self, states: Tensor, item_ids: Tensor, basket_ids: Tensor, table: Tensor, log_normaliser: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
         valid = item_ids != self.n_items
         last = states[:, -1].float()
         gate = self.gate(states[:, -1]).float()  # (B, 1)

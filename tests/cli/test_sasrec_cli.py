@@ -241,6 +241,40 @@ def test_checkpoint_of_another_split_is_refused(seqlit, config, tmp_path):
     assert seqlit("predict", *other)[0] == 0  # nothing is asked, so nothing can leak
 
 
+def test_checkpoint_is_refused_on_a_file_that_asks_for_its_training_rows(seqlit, config, tmp_path):
+    assert seqlit("fit", "--config", config, "--trainer.max_epochs", "1")[0] == 0
+    rows = pl.read_csv(tmp_path / "shop.csv").sort("day")
+    rows.head(rows.height * 9 // 10).write_csv(tmp_path / "shop.csv")
+    status, _, err = seqlit("test", "--config", config)
+    assert status == 2
+    assert "trained with cut_time '2024-" in one_line(err)
+    assert seqlit("predict", "--config", config)[0] == 0
+
+
+def test_seeds_of_the_reproduction_move_the_order_of_training_and_not_the_split(project, monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("reproduce", project / "scripts/reproduce_sasrec_cce.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/metrics.json").write_text("{}")
+    commands = []
+
+    class Process:
+        def __init__(self, command, **_):
+            commands.append(command)
+            self.stdout = [f"seqlit: run folder {tmp_path}\n"]
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(script.subprocess, "Popen", Process)
+    script.run("some.yaml", 43, [])
+    for command in commands:
+        assert command[command.index("--data.init_args.sampling_seed") + 1] == "43"
+        assert "--data.init_args.seed" not in command
+    assert len(commands) == 2
+
+
 def test_cutoff_that_is_not_ranked(seqlit, config):
     only = ("--config", config, "--model.init_args.cutoffs", "[1,10]")
     assert seqlit("fit", *only, "--trainer.max_epochs", "1")[0] == 0

@@ -1,5 +1,7 @@
 """Probes for the future in the past: of time, of validation users, of baskets, of files."""
 
+from itertools import pairwise
+
 import numpy as np
 import polars as pl
 import pytest
@@ -231,6 +233,24 @@ def test_order_of_ties_is_not_that_of_the_ids_and_follows_the_seed(tmp_path, int
         assert abs(rising - falling) < 0.1 * 2
         orders.append(module.decode_items(items).to_list())
     assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_equal_lines_are_placed_at_random_whatever_the_order_of_the_file(tmp_path, ordered):
+    """Ten lines of one minute, one of them twice: side by side in 2 of 10 histories, were the order random."""
+    generator = np.random.default_rng(0)
+    rows = [(u, int(i), u) for u in range(400) for i in [*generator.choice(40, 9, replace=False), -1, -1]]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row").with_columns(place=pl.lit(7))
+    options = {"split": "leave_last_out", "recommend_seen": True, "order_column": "place" if ordered else None}
+    found = []
+    for name, order in (("rows", frame), ("shuffled", frame.sample(fraction=1, shuffle=True, seed=1))):
+        folder = build(tmp_path, order, name=name, **options)._folder()
+        items, offsets = folder.array("all_items"), folder.array("all_offsets")
+        found.append(items.tolist())
+        doubled = [(np.diff(items[a:b]) == 0).any() for a, b in pairwise(offsets)]
+        # Eleven places, two for the doubled line: 2/11. 400 histories: 0.08 is four standard deviations.
+        assert abs(np.mean(doubled) - 2 / 11) < 0.08
+    assert found[0] == found[1]
 
 
 def test_order_column_breaks_ties_before_the_hash(tmp_path, interactions):

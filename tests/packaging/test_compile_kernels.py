@@ -48,6 +48,13 @@ def test_the_deterministic_backward_issues_no_atomic(project):
         assert (count > 0) == (adds and "deterministic" not in case), case
 
 
+def test_one_negative_builds(project):
+    """Triton makes a constant of the integer 1."""
+    found = compiled(project, "--package", "cce_minus", "--only", "one negative", "--arch", "sm_90")
+    assert sum("forward" in result["case"] for result in found) == 3
+    assert all(result["error"] == "" for result in found)
+
+
 def test_the_top_k_needs_no_atomics(project):
     results = compiled(project, "--package", "top_k", "--only", "nothing seen", "--arch", "sm_90")
     assert [result["atomics"] for result in results] == [0, 0]

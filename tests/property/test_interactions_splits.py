@@ -46,9 +46,11 @@ def slow_filter(rows, min_items, min_users):
 
 def slow_histories(rows, seed):
     """User -> [(item, time)] in the documented order."""
-    histories = {}
+    histories, n_before = {}, Counter()
     for user, item, time in rows:
-        word = slow_chain(seed, 1, slow_mix(user & MASK), slow_mix(item & MASK), time * 10**6)
+        nth = n_before[user, item, time]
+        n_before[user, item, time] += 1
+        word = slow_chain(seed, 1, slow_mix(user & MASK), slow_mix(item & MASK), time * 10**6, *([nth] if nth else []))
         histories.setdefault(user, []).append((time, word, item))
     return {user: [(item, time) for time, _, item in sorted(found)] for user, found in histories.items()}
 

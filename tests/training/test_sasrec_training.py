@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from datamodules import InteractionsDataModule
 from datamodules.synthetic import best_ndcg, markov_interactions
-from kernels.cce_minus import cce_minus_negatives
+from kernels.cce_minus import cce_minus_loss, cce_minus_negatives
 from lightning_modules import SASRecCCE
 from lightning_modules.losses import CCEMinusLoss
 from lightning_modules.networks import PreNormBlock, PublishedBlock
@@ -77,6 +77,44 @@ def test_one_batch_is_learnt_by_heart(loss, changes):
     model.eval()
     assert start > 3.0
     assert full_loss() < 0.1
+
+
+@pytest.mark.parametrize("correction", ["none", "improved_logq", "classic_logq"])
+def test_repeat_mode_takes_a_log_likelihood_alone(correction):
+    said = f"repeat_mode needs a loss that is -log p: .* got correction '{correction}' with n_negatives 64"
+    with pytest.raises(ValueError, match=said) as caught:
+        module(CCEMinusLoss(64, correction=correction), repeat_mode=True, recommend_seen=True)
+    assert "\n" not in str(caught.value)
+    module(CCEMinusLoss("all", correction=correction), repeat_mode=True, recommend_seen=True)
+    module(CCEMinusLoss(64, correction=correction), repeat_mode=True)  # own history is not recommended: no mixture
+
+
+def test_popularity_without_a_proposal_is_refused():
+    batch = one_batch()
+    model = module(CCEMinusLoss(8, popularity_alpha=0.5))
+    with pytest.raises(
+        ValueError, match=r"popularity_alpha 0.5 needs a proposal, got none: call fit_proposal"
+    ) as caught:
+        model.training_step(batch, 0)
+    assert "\n" not in str(caught.value)
+    model.loss.fit_proposal(torch.arange(1, V + 1))
+    states = model(batch["item_ids"], batch["basket_ids"])
+    drawn = model.loss(states, model.encoder.item_embeddings, batch["targets"])
+    assert drawn != CCEMinusLoss(8)(states, model.encoder.item_embeddings, batch["targets"])
+
+
+def test_normaliser_of_evaluation_is_computed_without_autocast(monkeypatch):
+    model = module(CCEMinusLoss(8), recommend_seen=True, repeat_mode=True).eval()
+    seen = []
+
+    def recorded(hidden, table, *arguments, **options):
+        seen.append((torch.is_autocast_enabled("cpu"), hidden.dtype, table.dtype))
+        return cce_minus_loss(hidden, table, *arguments, **options)
+
+    monkeypatch.setattr("lightning_modules.sasrec_cce.cce_minus_loss", recorded)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model._log_normaliser(torch.randn(2, T, 32, dtype=torch.bfloat16))
+    assert seen == [(False, torch.float32, torch.float32)]
 
 
 def test_two_trainings_are_equal_bit_for_bit():

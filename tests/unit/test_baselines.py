@@ -113,6 +113,15 @@ def test_equals_the_slow_reference(name, exclude_seen, k):
     assert found.tolist() == expected
 
 
+@pytest.mark.parametrize(("name", "exclude_seen"), CASES)
+def test_item_by_item_every_event_is_a_basket(name, exclude_seen):
+    training, asked = random_users(40, 20, seed=0), random_users(60, 22, seed=1)
+    single = [[[[j] for basket in user for j in basket] for user in users] for users in (training, asked)]
+    baseline = fit_baselines(histories_of(training), 24, repeats_allowed=True, item_by_item=True)[name]
+    found = ask(baseline, asked, 10, exclude_seen)
+    assert found.tolist() == [slow_recommend(name, single[0], user, 24, 10, exclude_seen) for user in single[1]]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_do_not_matter(name, monkeypatch):
     training = random_users(30, 20, seed=2)

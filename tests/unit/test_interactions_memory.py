@@ -71,11 +71,17 @@ def sorted_rows(table: Interactions, how: PreparationSettings) -> list[tuple[int
         rows = [row for row in rows if counts[row[place]] >= least]
     user_words, item_words = hash_ids(table.user_ids), hash_ids(table.item_ids)
 
-    def key(row):
-        user, item, time, order = row
-        return user, time, order, int(chain(how.seed, Purpose.TIE, user_words[user], item_words[item], time)), item
+    def key(numbered):
+        (user, item, time, order), nth = numbered
+        counters = [user_words[user], item_words[item], time, *([nth] if nth else [])]
+        return user, time, order, int(chain(how.seed, Purpose.TIE, *counters)), item
 
-    return [row[:3] for row in sorted(rows, key=key)]
+    n_before: Counter = Counter()
+    numbered = []
+    for row in rows:
+        numbered.append((row, n_before[row]))
+        n_before[row] += 1
+    return [row[:3] for row, _ in sorted(numbered, key=key)]
 
 
 def question(rows, asked, known, target):

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules import InteractionsDataModule
 from datamodules.histories import Histories
@@ -406,6 +407,7 @@ def test_trainer_moves_through_epochs_and_a_resumed_fit_sees_the_rest(synthetic,
         "position": n_batches,
         "catalogue_hash": synthetic().catalogue_hash,
         "n_items": synthetic().n_items,
+        "sampling_seed": 42,
     }
     rest = Recorder()
     trainer(tmp_path, max_epochs=3, enable_checkpointing=False).fit(
@@ -445,6 +447,60 @@ def test_checkpoint_of_another_catalogue_or_split(synthetic, change, said):
         for number in (synthetic().n_items, other.n_items):
             assert f"{number} items" in str(caught.value)
     synthetic(max_length=9).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ("global_time", "trained with cut_time '1970-01-01T01:30:00.000000', here it is '1970-01-01T01:21:00.000000'"),
+        ("leave_last_out", "trained with train_digest '"),
+    ],
+)
+def test_checkpoint_that_was_trained_on_what_is_asked_for_is_refused(tmp_path, split, said):
+    """The file without its last rows has the same catalogue, and asks for rows that the whole file trains on."""
+    generator = np.random.default_rng(0)
+    n = 6000
+    frame = pl.DataFrame({"u": generator.integers(0, 200, n), "i": generator.integers(0, 40, n), "t": np.arange(n)})
+
+    def of(name, rows):
+        rows.write_csv(path) if (path := tmp_path / name).suffix == ".csv" else rows.write_parquet(path)
+        columns = {"user_column": "u", "item_column": "i", "time_column": "t", "cache_dir": str(tmp_path / "cache")}
+        return InteractionsDataModule(paths=str(path), split=split, recommend_seen=True, **columns)
+
+    state = of("whole.parquet", frame).state_dict()
+    earlier = of("earlier.parquet", frame.head(n * 9 // 10))
+    assert earlier.catalogue_hash == state["catalogue_hash"]
+    with pytest.raises(ValueError, match=r"^[^\n]*its training data may be among what is asked for here$") as caught:
+        earlier.load_state_dict(state)
+    assert said in str(caught.value)
+    earlier.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.PREDICTING))
+    earlier.load_state_dict(state)  # nothing is asked
+    of("copy.csv", frame.sample(fraction=1, shuffle=True, seed=1)).load_state_dict(state)
+    # The same histories under other names, and one event more or less, are other training data.
+    for other in (frame.with_columns(pl.col("u") + 1), frame.with_columns(i=pl.col("i").reverse())):
+        with pytest.raises(ValueError, match="trained with train_digest"):
+            of("other.parquet", other).load_state_dict(state)
+
+
+def test_sampling_seed_moves_training_and_leaves_the_split(synthetic):
+    one, two, by_default = synthetic(sampling_seed=1), synthetic(sampling_seed=2), synthetic()
+    assert one._folder().path == two._folder().path == by_default._folder().path
+    first = [next(iter(data.train_dataloader())) for data in (one, two, by_default, synthetic(sampling_seed=42))]
+    assert not equal(first[0], first[1])
+    assert equal(first[2], first[3])
+    for data in (two, by_default):
+        for batch, same in zip(one.test_dataloader(), data.test_dataloader(), strict=True):
+            assert equal(batch, same)
+    two.load_state_dict(one.state_dict())
+    by_default.load_state_dict(one.state_dict())
+    assert [data.state_dict()["sampling_seed"] for data in (two, by_default)] == [2, 1]
+    for epoch in (0, 1):
+        batches = []
+        for data in (one, by_default):
+            loader = data.train_dataloader()
+            loader.sampler.set_epoch(epoch)
+            batches.append(list(loader))
+        assert all(equal(*pair) for pair in zip(*batches, strict=True))
 
 
 # Sessions

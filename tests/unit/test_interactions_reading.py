@@ -175,6 +175,18 @@ def test_conditions_are_counted_one_after_another_and_null_is_not_true(tmp_path)
     ]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("condition", "users"), [("r > 3", [1, 4]), ("NOT r > 3", [3]), ("r >= 1 OR e = 'b'", [1, 2, 3, 4])]
+)
+def test_nan_satisfies_no_condition(tmp_path, suffix, condition, users):
+    frame = pl.DataFrame({"u": [1, 2, 3, 4], "i": [1] * 4, "t": [1] * 4, "r": [5.0, float("nan"), 1.5, 4.0]})
+    frame = frame.with_columns(e=pl.Series(["a", "b", "a", "a"]))
+    path = tmp_path / f"rows.{suffix}"
+    frame.write_csv(path) if suffix == "csv" else frame.write_parquet(path)
+    assert read_interactions([path], columns(where=(condition,))).user_ids.to_list() == users
+
+
 def test_faults_in_rows_that_are_not_kept_do_not_matter(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("u,i,t,ok\n1,1,1,true\n,1,1,false\n2,,1,false\n3,1,,false\n4,1,7,true\n")
@@ -410,6 +422,17 @@ def test_ids_of_different_types_in_two_files(tmp_path):
     frame.with_columns(item_id=pl.Series(["1", "x"])).write_csv(tmp_path / "b.csv")
     line = refused(tmp_path, [str(tmp_path / "a.parquet"), str(tmp_path / "b.csv")])
     assert line == f"{tmp_path}/b.csv: column 'item_id', row 2: 'x' is not an integer, as in the other files"
+
+
+@pytest.mark.parametrize("said", ["007", "+7", "-0"])
+def test_text_that_changes_as_an_integer_is_refused_beside_integer_ids(tmp_path, said):
+    frame = pl.DataFrame({"user_id": [7, 2], "item_id": [1, 2], "timestamp": [1, 2]})
+    frame.write_parquet(tmp_path / "a.parquet")
+    frame.with_columns(user_id=pl.Series(["7", said])).write_csv(tmp_path / "b.csv")
+    assert refused(tmp_path, [str(tmp_path / "a.parquet"), str(tmp_path / "b.csv")]) == (
+        f"{tmp_path}/b.csv: column 'user_id', row 2: {said!r} is not an integer without leading zeros or sign, as in "
+        "the other files"
+    )
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,20 @@ def test_ranking_is_that_of_the_probabilities(case):
         assert (scores[user, :V].diff() <= 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ranking_is_the_same_under_autocast(case, dtype):
+    mixture, states, items, baskets, _, table = case
+    mixture, states, table = mixture.float(), states.float(), table.float()
+    given = states, items, baskets, table, torch.logsumexp(states[:, -1] @ table.T, -1), V
+    expected = mixture.rank(*given)
+    with torch.autocast("cpu", dtype=dtype):
+        found = mixture.rank(*given)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    half = mixture.to(dtype).rank(states.to(dtype), items, baskets, table.to(dtype), given[4], V)  # bf16-true
+    assert half[1].shape == expected[1].shape
+
+
 def test_untrained_pointer_is_the_frequency_of_each_item():
     mixture = RepeatMixture(D, n_items=V, see_own_basket=True)
     with torch.no_grad():
