@@ -35,6 +35,7 @@ class Panel:
         test_start: First row of the test, ``purge_days`` rows after ``train_stop``.
         test_stop: Row after its last; the panel may go on.
         flags: What was changed or left aside, a line each.
+        index_is_price: Whether the index is known to leave out dividends.
     """
 
     dates: Days
@@ -51,6 +52,7 @@ class Panel:
     test_start: int
     test_stop: int
     flags: tuple[str, ...]
+    index_is_price: bool = False
 
     def batch(self) -> dict[str, Any]:
         """The fields by name: arrays as tensors, ``dates`` as days since 1970-01-01, names as lists, rows as int."""
@@ -66,6 +68,7 @@ class Panel:
             "test_start": self.test_start,
             "test_stop": self.test_stop,
             "flags": list(self.flags),
+            "index_is_price": self.index_is_price,
         }
 
     def before(self, row: int) -> "Panel":

@@ -67,6 +67,8 @@ class StockPricesDataModule(LightningDataModule):
         price_column: Column of prices, for long files.
         index_paths: File of an index, or ``bundled:us20_index``.
         index_column: Column of the index; None if its file has no other beside the dates.
+        index_is_price: Whether the index leaves out dividends, as the levels of ^GSPC do; reports then say so wherever
+            it stands beside portfolios.
         sectors_path: Table ``ticker, sector``.
         tickers_path: Text file of the tickers to read, one a line; ``#`` begins a comment. None reads all.
         membership_path: Table ``ticker, start, end``: spells in the universe, both days included, no end while it
@@ -107,6 +109,7 @@ class StockPricesDataModule(LightningDataModule):
         price_column: str | None = None,
         index_paths: str | list[str] | None = None,
         index_column: str | None = None,
+        index_is_price: bool = False,
         sectors_path: str | None = None,
         tickers_path: str | None = None,
         membership_path: str | None = None,
@@ -152,7 +155,7 @@ class StockPricesDataModule(LightningDataModule):
         self._paths, self._index_paths, self._check_paths = paths, index_paths, check_paths
         self._columns = columns
         self._train_start, self._test_start, self._test_end = first_day, test_day, last_day
-        self._index_column = index_column
+        self._index_column, self._index_is_price = index_column, index_is_price
         self._sectors_path, self._tickers_path = sectors_path, tickers_path
         self._membership_path, self._delistings_path = membership_path, delistings_path
         self._max_disagreement = max_disagreement
@@ -341,6 +344,7 @@ class StockPricesDataModule(LightningDataModule):
             delisting_returns=terminal,
             **periods._asdict(),
             flags=tuple(flags),
+            index_is_price=self._index_is_price,
         )
 
     def _periods(self, dates: Days) -> tuple[Fold, list[str]]:

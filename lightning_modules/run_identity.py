@@ -1,15 +1,17 @@
 """What makes two configs the same experiment, so that a later command takes up the right run.
 
 Counted are model, data and seed, and of the trainer what decides the numbers: precision, clipping and accumulation of
-gradients, and callbacks that take part in training. Not counted is what only decides how fast things go, where and how
-often they are written, or how long a run goes on: devices, nodes, strategy, loggers, progress bars, limits of epochs,
-steps and time. A trainer's values at their defaults are left out, so that runs which do not name them are found too.
+gradients, and callbacks that take part in training. Not counted is what only `predict` reads, and what only decides how
+fast things go, where and how often they are written, or how long a run goes on: devices, nodes, strategy, loggers,
+progress bars, limits of epochs, steps and time. A trainer's values at their defaults are left out, so that runs which
+do not name them are found too.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 _SPEED_ONLY = frozenset({"eval_batch_size", "num_workers", "n_workers", "cache_dir", "impl", "progress"})
+_PREDICT_ONLY = frozenset({"next_session"})  # new every day, of one and the same fit
 # By name and not by an attribute of the class: configs of runs are compared without importing what they name, and
 # Lightning's own callbacks carry no attribute of ours. A callback that is not listed may do anything, so it counts.
 _REPORTING = frozenset(
@@ -36,7 +38,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     decisive = {key: config.get(key) for key in ("model", "data", "seed_everything")}
     decisive |= {f"trainer.{key}": value for key, value in _of_trainer(config.get("trainer") or {}).items()}
-    return {key: value for key, value in _leaves(decisive) if key.rsplit(".", 1)[-1] not in _SPEED_ONLY}
+    uncounted = _SPEED_ONLY | _PREDICT_ONLY
+    return {key: value for key, value in _leaves(decisive) if key.rsplit(".", 1)[-1] not in uncounted}
 
 
 def _of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:

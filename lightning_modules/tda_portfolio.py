@@ -6,25 +6,27 @@ Source: arXiv 2308.07944; where its protocol looks ahead, the causal one is the 
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_modules.collectives import from_first, kept_by_first, n_processes, rank, share
 from lightning_modules.many_devices import require_replicas
 from lightning_modules.metrics import EpochMean
-from lightning_modules.portfolio.backtest import Plan, Track
+from lightning_modules.portfolio.backtest import Plan, Track, traded
 from lightning_modules.portfolio.clusterers import Clusterer, Labels, Stocks, standardised
-from lightning_modules.portfolio.market import Array, Market
+from lightning_modules.portfolio.market import Array, Market, next_month_start, next_session
 from lightning_modules.portfolio.metrics import clustering_scores
 from lightning_modules.portfolio.selection import TopSharpe
 from lightning_modules.portfolio.strategy import Selection
-from lightning_modules.portfolio.study import Study
+from lightning_modules.portfolio.study import Study, ever_held
 from lightning_modules.portfolio.walk import (
     Frame,
     Mode,
@@ -32,8 +34,10 @@ from lightning_modules.portfolio.walk import (
     cluster_strategy,
     control_arms,
     names_of,
+    permuted_arms,
     random_arms,
     walk,
+    with_risk_free,
 )
 from lightning_modules.portfolio.weighting import MeanVariance, PublishedMeanVariance, Weighting
 
@@ -47,13 +51,25 @@ class Advice:
         market: All days given.
         plan: Clusters and weights at every rebalance from the start of the test to the last day.
         track: What they earned; ``track.held`` are the weights after the last day, drifted since the last rebalance.
-        labels: ``(A,)`` clusters after the last day, of the latest window; -1 for stocks that are not eligible.
-        target: ``(A,)`` weights wanted for the next session.
-        flags: What went other than asked for in the last decision.
+        labels: ``(A,)`` clusters of the last refit, that of the next session included; -1 for stocks in none.
+        target: ``(A,)`` weights for the next session; those of ``track.held`` unless it is a rebalance.
+        session: The next session.
+        next_rebalance: The next session that is a rebalance, ``session`` itself or the first one of the month after
+            it, as days from Monday to Friday count.
+        flags: What went other than asked for in the decision for the next session.
     """
 
     def __init__(
-        self, *, market: Market, plan: Plan, track: Track, labels: Labels, target: Array, flags: tuple[str, ...]
+        self,
+        *,
+        market: Market,
+        plan: Plan,
+        track: Track,
+        labels: Labels,
+        target: Array,
+        session: np.datetime64,
+        next_rebalance: np.datetime64,
+        flags: tuple[str, ...] = (),
     ) -> None:
         self.market = market
         self.plan = plan
@@ -61,7 +77,14 @@ class Advice:
         self.labels = labels
         self.held = track.held
         self.target = target
+        self.session = session
+        self.next_rebalance = next_rebalance
         self.flags = flags
+
+    @property
+    def is_rebalance(self) -> bool:
+        """Whether the next session is one."""
+        return bool(self.session == self.next_rebalance)
 
 
 class TDAPortfolioClusterer(LightningModule):
@@ -100,17 +123,20 @@ class TDAPortfolioClusterer(LightningModule):
         weight_months: Calendar months of returns that weights are estimated on.
         refit_months: Months between refits in mode ``causal_rolling``.
         min_observed: Share of days of the window with a return that makes a stock eligible.
-        risk_free: Annual.
+        risk_free: Annual; of every ratio reported, and of every rule and representation inside that names none:
+            ``TopSharpe.risk_free``, ``MeanVariance.annual_target``, ``FinancialFeatures.risk_free``.
         cost_bps: Cost of a trade in basis points of what is traded; by default 10, in mode ``published`` 0.
         costs_bps: Costs for the picture of sensitivity.
-        n_random: Random clusterings to compare with, by seed 0, 1, ...
+        n_random: Random clusterings to compare with, by seed 0, 1, ..., and as many of the model's own sizes.
         n_trials: Configurations tried so far, for the deflated Sharpe ratio; by default the clusterers.
+        next_session: Date of the session that ``predict`` decides for, such as 2023-01-03; by default the next day
+            from Monday to Friday after the last price, which knows no holidays.
         optimizer: Called with the parameters of a network that is trained.
         scheduler: Called with the optimiser, stepped every epoch.
         monitor: The logged key that a plateau scheduler watches.
 
     Raises:
-        ValueError: If there is no clusterer or a number is out of range.
+        ValueError: If there is no clusterer, a number is out of range, or ``next_session`` is no date.
     """
 
     def __init__(
@@ -129,6 +155,7 @@ class TDAPortfolioClusterer(LightningModule):
         costs_bps: Sequence[float] = (0.0, 5.0, 10.0, 20.0, 50.0),
         n_random: int = 100,
         n_trials: int | None = None,
+        next_session: str | None = None,
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
         monitor: str = "val/loss",
@@ -144,17 +171,23 @@ class TDAPortfolioClusterer(LightningModule):
         self.clusterers = list(clusterers)
         self.rules = Rules(
             mode=mode,
-            selection=TopSharpe(risk_free=risk_free) if selection is None else selection,
-            weighting=weighting or (PublishedMeanVariance() if mode == "published" else MeanVariance()),
+            selection=with_risk_free(selection or TopSharpe(), risk_free),
+            weighting=with_risk_free(
+                weighting or (PublishedMeanVariance() if mode == "published" else MeanVariance()), risk_free
+            ),
             weight_months=weight_months,
             refit_months=refit_months,
             min_observed=min_observed,
             cost_bps=(0.0 if mode == "published" else 10.0) if cost_bps is None else cost_bps,
         )
         self.risk_free = risk_free
+        for module in representation.modules():
+            if getattr(module, "risk_free", risk_free) is None:
+                module.risk_free = risk_free  # type: ignore[assignment]
         self.costs_bps = tuple(costs_bps)
         self.n_random = n_random
         self.n_trials = len(self.clusterers) if n_trials is None else n_trials
+        self.next_session = None if next_session is None else _day(next_session)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.monitor = monitor
@@ -297,8 +330,11 @@ class TDAPortfolioClusterer(LightningModule):
         # As the walks clustered them at the first rebalance.
         grouped = [arm.plan.decisions[0].labels[columns] for arm in arms[: len(named)]]  # type: ignore[union-attr,index]
         n_clusters = int(grouped[0].max()) + 1
-        n_random = self.n_random if n_clusters > 1 else 0
-        seeds = tqdm(range(n_random), desc="random clusters", disable=None, leave=False)  # on a terminal
+        seeds = range(self.n_random if n_clusters > 1 else 0)
+        shown = partial(tqdm, disable=None, leave=False)  # on a terminal
+        by_lot = random_arms(frame, rules, n_clusters, shown(seeds, desc="random clusters"))
+        assert arms[0].plan is not None
+        permuted = permuted_arms(frame, rules, arms[0].plan, shown(seeds, desc="permuted clusters"))
         diagrams = getattr(self.representation, "diagrams", None)
         returns = torch.from_numpy(np.ascontiguousarray(stocks.filled_returns().T))
         return Study(
@@ -307,7 +343,8 @@ class TDAPortfolioClusterer(LightningModule):
             train=frame.train,
             test=frame.test,
             arms=tuple(arms),
-            random_arms=tuple(random_arms(frame, rules, n_clusters, seeds)),
+            random_arms=tuple(by_lot),
+            permuted_arms=tuple(permuted),
             columns=columns,
             embedding=embedding,
             labels=grouped[0],
@@ -321,18 +358,18 @@ class TDAPortfolioClusterer(LightningModule):
             costs_bps=self.costs_bps,
             drift=rules.drift,
             n_trials=self.n_trials,
-            flags=(*batch["flags"], *_untold_ends(frame, columns)),
+            flags=(*batch["flags"], *_untold_ends(frame, ever_held([*arms, *by_lot, *permuted]))),
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what seed_everything was called with
         )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Advice | None:
         """Walk on to the last day there is, then decide for the session after it as the strategy would.
 
-        The stocks are picked anew where a refit is due, as at any rebalance. The clusters of the day are those of the
-        latest window, whatever the mode; where it cannot be clustered, those of the last refit, with a flag.
+        Where that session opens a new month it is a rebalance like those of the test, with a refit if one is due.
+        On any other the strategy does not trade: the target is what is held, and nothing is fitted or weighed anew.
 
         Raises:
-            ValueError: In mode ``published``, which needs the future.
+            ValueError: In mode ``published``, which needs the future, or if ``next_session`` is not after the last day.
         """
         if self.rules.mode == "published":
             raise ValueError("mode published selects stocks by returns of the test: it cannot advise, use causal")
@@ -343,19 +380,24 @@ class TDAPortfolioClusterer(LightningModule):
         strategy = cluster_strategy(frame, self.rules, self._represent_by_fit(frame), self.clusterers[0])
         arm = walk("model", "model", frame, self.rules, strategy)
         assert arm.plan is not None
-        decision = strategy(frame.market, len(arm.plan.rows))
-        assert decision.labels is not None
-        labels, flags = decision.labels, decision.flags
-        try:
-            labels = strategy.refit(frame.market, len(arm.plan.rows)).labels_of_all(frame.market.n_stocks)
-        except ValueError as error:
-            flags = (*flags, f"clusters of the last refit: {error}")
+        session, held = next_session(frame.market.dates, self.next_session), arm.track.held
+        due, target = session, held
+        flags: tuple[str, ...] = ()
+        if session.astype("datetime64[M]") == frame.market.dates[-1].astype("datetime64[M]"):
+            due = next_month_start(session)
+        else:
+            decision = strategy(frame.market, len(arm.plan.rows))
+            target, frozen = traded(decision.weights, held, frame.market)
+            flags = decision.flags + frozen
+        assert strategy.groups is not None
         return Advice(
             market=frame.market,
             plan=arm.plan,
             track=arm.track,
-            labels=labels,
-            target=decision.weights,
+            labels=strategy.groups.labels_of_all(frame.market.n_stocks),
+            target=target,
+            session=session,
+            next_rebalance=due,
             flags=flags,
         )
 
@@ -376,17 +418,30 @@ class TDAPortfolioClusterer(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
+def _day(value: object) -> np.datetime64:
+    try:
+        day = np.datetime64(str(value), "D")
+    except ValueError:
+        day = np.datetime64("NaT", "D")
+    if np.isnat(day):
+        raise ValueError(f"next_session must be a date such as 2023-01-03, got {value!r}")
+    return day
+
+
 def _rows(network: nn.Module, returns: Tensor, index_returns: Tensor | None) -> Tensor:
     rows: Tensor = network(returns, index_returns) if getattr(network, "uses_index", False) else network(returns)
     return rows
 
 
-def _untold_ends(frame: Frame, columns: Any) -> tuple[str, ...]:
-    """A flag for stocks whose prices end inside the test with nothing said of a last return."""
+def _untold_ends(frame: Frame, columns: NDArray[np.int64]) -> tuple[str, ...]:
+    """A flag for those of the stocks whose prices end inside the test with nothing said of a last return."""
     market = frame.market.rows(0, frame.test[1])
     ended = (market.last_price_row < len(market) - 1) & np.isnan(market.delisting_returns)
     names = [market.tickers[column] for column in columns if ended[column]]
     if not names:
         return ()
     some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return (f"{len(names)} stocks end within the test, their last return unknown and taken as 0: {some}",)
+    return (
+        f"{len(names)} stocks end within the test, their last return unknown and taken as 0: {some}. Who holds one "
+        "keeps its last value to the end; data.init_args.delistings_path would pay it out",
+    )

@@ -167,10 +167,10 @@ def weights(path: Path, study: Study, n_named: int = 24) -> None:
 
     Refits rename clusters: a stock is coloured by the cluster in which it had most weight over all rebalances.
     """
-    plan = study.model.plan
+    plan, bought = study.model.plan, study.model.track.targets
     assert plan is not None  # only the index has none
-    held = np.flatnonzero(plan.targets.max(0) > 0)
-    targets = plan.targets[:, held]
+    held = np.flatnonzero(bought.max(0) > 0)
+    targets = bought[:, held]
     size = targets.mean(0)
     labels = np.full(targets.shape, -1)
     for row, decision in enumerate(plan.decisions):
@@ -239,17 +239,26 @@ def costs(path: Path, study: Study, found: dict[str, Any]) -> None:
 
 
 def random_clusters(path: Path, study: Study, found: dict[str, Any]) -> None:
-    """Histogram of the Sharpe ratios of random clusters, the arms marked."""
-    random = [value for value in found["random"]["sharpe"]["values"] if value is not None]
+    """Histograms of the Sharpe ratios of random and of permuted clusters, the arms marked."""
+    drawn = {
+        name: [value for value in found[name]["sharpe"]["values"] if value is not None]
+        for name in ("random", "permuted")
+        if found[name] is not None
+    }
+    random = drawn["random"]
+    bins = np.histogram_bin_edges(np.concatenate(list(drawn.values())), min(30, max(5, len(random) // 4))).tolist()
     figure, (axes,) = new_axes(width=9, height=4.2)
-    axes.hist(random, bins=min(30, max(5, len(random) // 4)), color=RANDOM, alpha=0.6, edgecolor="white")
+    axes.hist(random, bins=bins, color=RANDOM, alpha=0.6, edgecolor="white", label="random, sizes about equal")
+    if "permuted" in drawn:
+        label = "permuted, sizes of the model's"
+        axes.hist(drawn["permuted"], bins=bins, histtype="step", color="#000000", linewidth=1.5, label=label)
     look = styles(study)
     for arm in _chosen(study):
         value = found["arms"][arm.name]["at_cost"]["sharpe"]
         if value is not None:
             axes.axvline(value, label=f"{arm.name}: {value:.2f}", **look[arm.name])
     axes.set_xlabel("annual Sharpe ratio")
-    axes.set_ylabel(f"of {len(random)} random clusterings")
+    axes.set_ylabel(f"of {len(random)} clusterings by lot")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(_title(study), fontsize=10)
     axes.grid(axis="x", visible=False)

@@ -53,7 +53,7 @@ def _pictures(study: Study, found: Findings) -> dict[str, tuple[str, Callable[[P
     }
     if random is not None:
         draw = partial(portfolio_pictures.random_clusters, study=study, found=found)
-        chosen["random"] = ("Sharpe ratios of random clusterings", draw)
+        chosen["random"] = ("Sharpe ratios of clusterings by lot", draw)
     if study.costs_bps:
         chosen["costs"] = ("Sharpe ratio against costs", partial(portfolio_pictures.costs, study=study, found=found))
     chosen |= {

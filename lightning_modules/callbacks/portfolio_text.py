@@ -58,9 +58,18 @@ def sentences(found: Findings) -> list[str]:
     said.append(
         f"{spent}Seed {found['seed']}. Intervals: stationary bootstrap of days, mean block 10, {found['n_resamples']} "
         f"resamples, the same days for all methods; they hold the clusters fixed. Risk-free {found['risk_free']:.1%} a "
-        "year. The index is not traded and pays no costs; if its file is a price index, it also lacks dividends."
+        f"year. The index is not traded and pays no costs; {_index(found)}."
     )
     return [line for paragraph in said for line in (paragraph, "")][:-1]
+
+
+def _index(found: Findings) -> str:
+    if not found["index_is_price"]:
+        return "if its file is a price index (data.init_args.index_is_price), it also lacks dividends"
+    return (
+        "it is a price index, without dividends. Beside prices adjusted for dividends its return and Sharpe ratio are "
+        "too low, and every alpha against it holds about the dividend yield of the market"
+    )
 
 
 def _hindsight(found: Findings) -> list[str]:
@@ -91,58 +100,78 @@ def _verdicts(found: Findings) -> list[str]:
         if arm["model_minus_this"] is not None:
             groups[_verdict(arm["model_minus_this"]["sharpe"])].append(name)
     percent = f"{100 * found['level']:g} %"
-    model, n_compared = found["model"], sum(map(len, groups.values()))
+    model, undefined = found["model"], groups["undefined"]
+    n_compared = sum(map(len, groups.values())) - len(undefined)
     said = []
     for verdict, words in (
         ("ahead", f"has a higher Sharpe ratio, the {percent} interval of the difference above zero, than"),
         ("behind", f"has a lower Sharpe ratio, the {percent} interval of the difference below zero, than"),
         ("open", f"cannot be told apart, the {percent} interval of the difference holding zero, from"),
     ):
-        said.append(f"- *{model}* {words}: {'; '.join(groups[verdict]) or 'none of them'}.")
-    if groups["undefined"]:
-        said.append(f"- The difference is not defined, a ratio having no spread, to: {'; '.join(groups['undefined'])}.")
+        if n_compared:
+            said.append(f"- *{model}* {words}: {'; '.join(groups[verdict]) or 'none of them'}.")
+    if undefined:
+        why = f"{found['panel']['n_test_days']} days are too few or a series is constant on most of them"
+        said.append(f"- No interval, and so no verdict, as {why}, against: {'; '.join(undefined)}.")
     chance = (1 - found["level"]) * n_compared
     note = f"Of {n_compared} comparisons with nothing in them, {chance:.1f} would be called apart by chance."
-    return ["\n".join(said), note] if n_compared else []
+    return [*(["\n".join(said)] if said else []), *([note] if n_compared else [])]
 
 
 def _verdict(interval: list[float | None]) -> str:
     _, low, high = interval
     if low is None or high is None:
         return "undefined"
-    return "ahead" if low > 0 else "behind" if high < 0 else "open"
+    # Two strategies that hold the same differ by rounding, on every resample to the same side.
+    return "ahead" if low > 1e-9 else "behind" if high < -1e-9 else "open"
+
+
+def _lot(what: str, drawn: Findings) -> str:
+    """Clusters by lot in numbers: how they are called, and what they earn beside the model."""
+    ratio, n = drawn["sharpe"], drawn["n"]
+    if drawn["p_value"] is None:
+        return f"{what} under the same rules ({n} seeds): a Sharpe ratio is not defined."
+    low, high = (_number(ratio["quantiles"][share]) for share in ("0.05", "0.95"))
+    return (
+        f"{what} under the same rules ({n} seeds): Sharpe ratio {_number(ratio['mean'])} on average, sd "
+        f"{_number(ratio['sd'])}, 5 to 95 % {low} to {high}. {drawn['n_at_least_model']} of {n} reach the model's"
+    )
 
 
 def _by_lot(found: Findings) -> list[str]:
-    random = found["random"]
-    if random is None:
-        return ["No random clusters were run: whether clusters are worth anything is not answered here."]
-    ratio, reached = random["sharpe"], random["n_at_least_model"]
-    low, high = ratio["quantiles"]["0.05"], ratio["quantiles"]["0.95"]
-    allowed = 1 - found["level"]
-    if random["p_value"] is None:
-        return [f"Random clusters under the same rules ({random['n']} seeds): a Sharpe ratio is not defined."]
-    if random["p_value"] <= allowed:
-        verdict = (
-            "on these very days the model's clusters earn more than clusters by lot; whether on others too, the "
-            "interval against the median one says."
-        )
-    elif reached == 0 and 1 / (1 + random["n"]) > allowed:
-        verdict = f"too few seeds to tell, {math.ceil(1 / allowed) - 1} could."
+    random, permuted = found["random"], found["permuted"]
+    said = []
+    if permuted is None:
+        said.append("No permuted clusters were run: whether the model's clusters add anything is not answered here.")
     else:
-        verdict = "on these days the model's clusters do not stand out from clusters by lot."
-    said = (
-        f"Random clusters under the same rules ({random['n']} seeds): Sharpe ratio {_number(ratio['mean'])} on "
-        f"average, sd {_number(ratio['sd'])}, 5 to 95 % {_number(low)} to {_number(high)}. {reached} of {random['n']} "
-        f"reach the model's (p = {random['p_value']:.3f}): {verdict}"
-    )
-    whole, ours = _without_clusters(found), found["arms"][found["model"]]["at_cost"]["sharpe"]
-    if whole is not None and None not in (ours, ratio["mean"]):
-        said += (
-            f" From {whole} ({_number(found['arms'][whole]['at_cost']['sharpe'])}) to random clusters it is selection "
-            f"and weights; what the model's clusters add to that is {ours - ratio['mean']:+.2f}."
+        said.append(_lot("Permuted clusters, the model's with their stocks exchanged by lot,", permuted))
+        if permuted["p_value"] is not None:
+            said[-1] += f" (p = {permuted['p_value']:.3f}): {_lot_verdict(permuted, 1 - found['level'])}"
+        whole, ours = _without_clusters(found), found["arms"][found["model"]]["at_cost"]["sharpe"]
+        if whole is not None and None not in (ours, permuted["sharpe"]["mean"]):
+            said[-1] += (
+                f" From {whole} ({_number(found['arms'][whole]['at_cost']['sharpe'])}) to permuted clusters it is "
+                "selection, weights and the sizes of clusters; what the model's clusters add to that is "
+                f"{ours - permuted['sharpe']['mean']:+.2f}."
+            )
+    if random is not None:
+        text = _lot("Random clusters, sizes about equal,", random)
+        if random["p_value"] is not None:
+            sizes = ", ".join(map(str, found["panel"]["cluster_sizes"]))
+            text += f"; the model's have {sizes} stocks at first, so this also compares sizes."
+        said.append(text)
+    return said
+
+
+def _lot_verdict(drawn: Findings, allowed: float) -> str:
+    if drawn["p_value"] <= allowed:
+        return (
+            "on these very days the model's clusters earn more than clusters by lot of the same sizes; whether on "
+            "others too, the interval against the median one says."
         )
-    return [said]
+    if drawn["n_at_least_model"] == 0 and 1 / (1 + drawn["n"]) > allowed:
+        return f"too few seeds to tell, {math.ceil(1 / allowed) - 1} could."
+    return "on these days the model's clusters do not stand out from clusters by lot of the same sizes."
 
 
 def _only_volatility(found: Findings) -> list[str]:
@@ -150,7 +179,7 @@ def _only_volatility(found: Findings) -> list[str]:
     shares = [
         f"{name} {arm['volatility_explained']:.0%}"
         for name, arm in arms.items()
-        if arm["volatility_explained"] is not None and not name.startswith("random clusters")
+        if arm["volatility_explained"] is not None and not name.startswith(("random clusters", "permuted clusters"))
     ]
     if random is not None and random["volatility_explained"]["mean"] is not None:
         shares.append(f"random clusters {random['volatility_explained']['mean']:.0%} on average")
@@ -165,7 +194,7 @@ def _only_volatility(found: Findings) -> list[str]:
     verdict = {
         "ahead": "The model earns more than clusters of volatility alone: it is not only volatility.",
         "behind": "Clusters of volatility alone earn more than the model.",
-        "undefined": "The difference is not defined.",
+        "undefined": "There is no interval, and so no verdict.",
         "open": "Clusters of volatility alone cannot be told apart from the model: these days do not show that "
         "anything beyond volatility is of use.",
     }[_verdict(interval)]
@@ -193,11 +222,18 @@ def _universe(found: Findings) -> list[str]:
     prices = found.get("data", {}).get("prices")
     if prices:
         said += f"Prices: {', '.join(prices)}. "
+    if panel["n_without_sector"]:
+        said += (
+            f"{panel['n_without_sector']} of the eligible have no sector and are in no cluster of sectors; a list of "
+            "sectors that is younger than the test knows who was still there. "
+        )
     if panel["n_left_in_test"]:
-        return [said + f"{panel['n_left_in_test']} of these have their last price inside the test."]
+        left = f"Of the {panel['n_held']} stocks that some method held, {panel['n_left_in_test']} have their last price"
+        return [f"{said}{left} inside the test."]
     return [
-        said + "None of these leaves during the test, as in a list of survivors. Unless the list is of that time, what "
-        "went under is missing for every method here: levels of return are too high, differences less so."
+        f"{said}None of the {panel['n_held']} stocks that some method held leaves during the test, as in a list of "
+        "survivors. Unless the list is of that time, what went under is missing for every method here: levels of "
+        "return are too high, differences less so."
     ]
 
 

@@ -13,9 +13,9 @@ from lightning_modules.tda_portfolio import Advice
 
 
 def weights_frame(advice: Advice) -> pl.DataFrame:
-    """Every rebalance: ``date``, ``ticker``, ``cluster`` (null if not eligible), ``weight`` bought, ``held`` before."""
+    """Every rebalance: ``date``, ``ticker``, ``cluster`` (null for none), ``weight`` after it, ``held`` before."""
     plan, track = advice.plan, advice.track
-    n_periods, n_stocks = plan.targets.shape
+    n_periods, n_stocks = track.targets.shape
     labels = np.stack([decision.labels for decision in plan.decisions if decision.labels is not None])
     return (
         pl.DataFrame(
@@ -23,7 +23,7 @@ def weights_frame(advice: Advice) -> pl.DataFrame:
                 "date": np.repeat(track.rebalance_dates, n_stocks),
                 "ticker": list(advice.market.tickers) * n_periods,
                 "cluster": labels.ravel(),
-                "weight": plan.targets.ravel(),
+                "weight": track.targets.ravel(),
                 "held": track.drifted.ravel(),
             }
         )
@@ -35,7 +35,8 @@ def weights_frame(advice: Advice) -> pl.DataFrame:
 def orders_frame(advice: Advice) -> pl.DataFrame:
     """The session after the last day: ``as_of``, ``ticker``, ``cluster``, ``held``, ``target``, ``order``, ``side``.
 
-    Weights are shares of wealth at the close of ``as_of``; ``order`` is target minus held, ``side`` buy, sell or hold.
+    Weights are shares of wealth at the close of ``as_of``; ``order`` is target minus held, ``side`` buy, sell or hold;
+    ``session`` is the day the orders are for and ``next_rebalance`` the first day with any, which may be later.
     """
     order = advice.target - advice.held
     # Weights are known to some 1e-8 of the solver: less than a millionth of wealth is no order.
@@ -50,16 +51,21 @@ def orders_frame(advice: Advice) -> pl.DataFrame:
                 "target": advice.target,
                 "order": order,
                 "side": side,
+                "session": np.repeat(advice.session, advice.market.n_stocks),
+                "next_rebalance": np.repeat(advice.next_rebalance, advice.market.n_stocks),
             }
         )
         .with_columns(pl.when(pl.col("cluster") >= 0).then(pl.col("cluster")))
-        .filter(pl.col("cluster").is_not_null() | (pl.col("held") > 0))
+        # A stock picked earlier may have left the universe, and so the clusters, and still be bought.
+        .filter(pl.col("cluster").is_not_null() | (pl.col("held") > 0) | (pl.col("target") > 0))
         .sort("order", descending=True, maintain_order=True)
     )
 
 
 class PortfolioWriter(Callback):
     """Writes what ``predict`` advises: ``weights.parquet``, ``orders.parquet`` and the same as ``orders.csv``.
+
+    Unless the next session is a rebalance of the strategy, everything is held, and the line printed says until when.
 
     Every file appears whole or not at all.
     """
@@ -91,9 +97,16 @@ class PortfolioWriter(Callback):
         with drafted(folder / "orders.csv") as draft:
             orders.write_csv(draft)
         traded = orders.filter(pl.col("side") != "hold")
-        print(
-            f"seqlit: orders as of {outputs.market.dates[-1]}, shares of wealth ({folder / 'orders.csv'}):", flush=True
-        )
+        as_of, file = outputs.market.dates[-1], folder / "orders.csv"
+        if outputs.is_rebalance:
+            print(f"seqlit: orders as of {as_of} for {outputs.session}, shares of wealth ({file}):", flush=True)
+        else:
+            print(
+                f"seqlit: as of {as_of} hold, no orders for {outputs.session}: the next rebalance is at the first "
+                f"session of {outputs.next_rebalance.astype('datetime64[M]')}, {outputs.next_rebalance} if no holiday "
+                f"({file})",
+                flush=True,
+            )
         for row in traded.iter_rows(named=True):
             print(
                 f"  {row['side']:<4} {row['ticker']:<8} {row['order']:+.4f}   {row['held']:.4f} -> {row['target']:.4f}"

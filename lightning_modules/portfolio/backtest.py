@@ -21,7 +21,7 @@ class Decision:
     Attributes:
         weights: ``(A,) float64`` over all stocks of the market, at least 0, sum 1.
         flags: What went other than asked for, such as ``"infeasible: minimum variance instead"``.
-        labels: ``(A,) int64`` cluster of each stock, -1 for stocks that were not eligible; None without clusters.
+        labels: ``(A,) int64`` cluster of each stock, -1 for stocks in none; None without clusters.
     """
 
     weights: Array
@@ -41,7 +41,7 @@ class Plan:
         name: Of the strategy.
         rows: ``(P,) int64`` first row of each period; the last period ends before ``stop``.
         stop: Row after the last day.
-        targets: ``(P, A)`` target weights.
+        targets: ``(P, A)`` target weights, before :func:`traded`.
         decisions: P of them.
     """
 
@@ -62,7 +62,7 @@ class Track:
         returns: ``(n,)`` simple daily returns after costs.
         gross_returns: ``(n,)`` the same portfolio before costs.
         rebalance_dates: ``(P,) datetime64[D]``.
-        targets: ``(P, A)`` weights bought at each rebalance.
+        targets: ``(P, A)`` weights after each rebalance: what was wanted, as far as it could be traded.
         drifted: ``(P, A)`` weights held just before each rebalance; zeros at the first.
         turnover: ``(P,)`` sum of |target - drifted|; the first, which builds the portfolio, is 1.
         cost_bps: Cost of trading one unit of wealth, in basis points.
@@ -119,14 +119,46 @@ def make_plan(name: str, market: Market, decide: Decide, rows: NDArray[np.int64]
     return Plan(name, rows, stop, np.stack([decision.weights for decision in decisions]), tuple(decisions))
 
 
+def traded(target: Array, held: Array, past: Market) -> tuple[Array, tuple[str, ...]]:
+    """Weights after a rebalance: a stock without a price on the day before keeps its weight, the rest follows target.
+
+    With F the stocks that are :attr:`~lightning_modules.portfolio.market.Market.stuck`, w_a = held_a for a in F and
+    w_a = target_a (1 - sum_F held) / (1 - sum_F target) for the others. A price of days ago is one at which nobody can
+    sell: whoever holds through a halt has the move of the day that ends it. What a delisting paid out is free.
+
+    Args:
+        target: ``(A,)`` weights wanted, sum 1.
+        held: ``(A,)`` weights just before, sum 1; zeros at the first rebalance.
+        past: The days before the rebalance.
+
+    Returns:
+        ``(A,)`` weights, and a flag if a weight held or wanted could not be traded. If nothing wanted can be bought,
+        the weights held stay.
+
+    Raises:
+        ValueError: If nothing wanted can be bought and nothing is held.
+    """
+    stuck = past.stuck & ((held > 0) | (target > 0))
+    if not stuck.any():
+        return target, ()
+    wanted = np.where(stuck, 0.0, target)
+    if wanted.sum() == 0:
+        if not held.any():
+            raise ValueError(f"none of the stocks wanted has a price on {past.dates[-1]}")
+        return held, ("frozen: none of the stocks wanted has a price the day before, nothing is traded",)
+    weights = np.where(stuck, held, wanted / wanted.sum() * max(1 - held[stuck].sum(), 0.0))
+    share = f"{held[stuck].sum():.1%}"
+    return weights, (f"frozen: {stuck.sum()} stocks without a price the day before stay at {share} of wealth",)
+
+
 def hold(plan: Plan, market: Market, *, cost_bps: float = 0.0, drift: bool = True) -> Track:
     """Daily returns of holding a plan.
 
     Within a period from row s on, wealth of a stock grows by its holder's return: with ``drift`` the share of stock a
     at day t is w_a prod(1 + r_a) / sum_b w_b prod(1 + r_b). Without it the target is restored at every close, free of
-    charge, as in the published protocol: the return of a day is w'r. At each rebalance ``cost_bps / 10,000 * sum
-    |target - drifted|`` of wealth is paid at the close before the period's first day, so it lowers that day's return:
-    (1 - cost)(1 + r) - 1.
+    charge, as in the published protocol: the return of a day is w'r. At each rebalance the weights become those of
+    :func:`traded`, and ``cost_bps / 10,000 * sum |weights - drifted|`` of wealth is paid at the close before the
+    period's first day, so it lowers that day's return: (1 - cost)(1 + r) - 1.
 
     Args:
         plan: Target weights.
@@ -135,15 +167,21 @@ def hold(plan: Plan, market: Market, *, cost_bps: float = 0.0, drift: bool = Tru
         drift: Whether weights move with prices between rebalances.
 
     Raises:
-        ValueError: If costs are negative, or a portfolio loses everything, by prices or by costs.
+        ValueError: If costs are negative, nothing that is wanted first has a price, or a portfolio loses everything,
+            by prices or by costs.
     """
     if not (np.isfinite(cost_bps) and cost_bps >= 0):
         raise ValueError(f"cost_bps must be at least 0, got {cost_bps}")
     moves = market.holder_returns
     ends = np.append(plan.rows[1:], plan.stop)
-    gross, net, drifted, turnover = [], [], [], []
+    gross, net, drifted, turnover, targets = [], [], [], [], []
+    flags: dict[str, tuple[str, ...]] = {}
     held = np.zeros(market.n_stocks)
-    for row, end, target in zip(plan.rows, ends, plan.targets, strict=True):
+    for row, end, wanted, decision in zip(plan.rows, ends, plan.targets, plan.decisions, strict=True):
+        target, frozen = traded(wanted, held, market.before(int(row)))
+        if decision.flags or frozen:
+            flags[str(market.dates[row])] = decision.flags + frozen
+        targets.append(target)
         drifted.append(held)
         turnover.append(float(np.abs(target - held).sum()))
         block = moves[row:end]
@@ -168,14 +206,10 @@ def hold(plan: Plan, market: Market, *, cost_bps: float = 0.0, drift: bool = Tru
         returns=np.concatenate(net),
         gross_returns=np.concatenate(gross),
         rebalance_dates=market.dates[plan.rows],
-        targets=plan.targets,
+        targets=np.stack(targets),
         drifted=np.stack(drifted),
         turnover=np.asarray(turnover),
         cost_bps=cost_bps,
-        flags={
-            str(market.dates[row]): decision.flags
-            for row, decision in zip(plan.rows, plan.decisions, strict=True)
-            if decision.flags
-        },
+        flags=flags,
         held=held,
     )

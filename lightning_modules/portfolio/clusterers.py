@@ -3,6 +3,7 @@
 A stocks, T days, D width. A clusterer is called with the columns of the embedding standardised over stocks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,7 +44,7 @@ class Clusterer(Protocol):
     reads_embedding: bool
 
     def __call__(self, stocks: Stocks) -> Labels:
-        """Labels ``(A,)`` from 0."""
+        """Labels ``(A,)`` from 0; -1 for a stock in no cluster, of which none is picked."""
 
 
 def standardised(embedding: Array) -> Array:
@@ -216,7 +217,10 @@ class DTWKMeansClusters(_SeriesClusters):
 
 
 class RandomClusters(_Clusters):
-    """Each stock in a cluster by lot: what clusters that know nothing earn.
+    """Each stock in a cluster by lot, sizes about equal: what clusters that know nothing earn.
+
+    Clusters of uneven sizes are to be compared with :class:`PermutedClusters`: picking two of a cluster of one and two
+    of a cluster of half the market is another rule than picking two of each eleventh.
 
     Args:
         n_clusters: At least 2.
@@ -235,8 +239,40 @@ class RandomClusters(_Clusters):
         return np.random.default_rng([self.seed, stocks.refit]).integers(self.n_clusters, size=len(stocks.embedding))
 
 
+class PermutedClusters:
+    """The clusters of a walk, stocks exchanged by lot at each refit: sizes are kept, contents are not.
+
+    Args:
+        labels: By number of the rebalance, ``(A,)`` clusters that were held, -1 for stocks in none.
+        seed: Of the draws.
+    """
+
+    name = "permuted clusters"
+    reads_embedding = False
+
+    def __init__(self, *, labels: Sequence[Labels], seed: int = 0) -> None:
+        self.labels = labels
+        self.seed = seed
+
+    def __call__(self, stocks: Stocks) -> Labels:
+        """Labels ``(A,)``.
+
+        Raises:
+            ValueError: If more stocks were in clusters at this rebalance than are eligible.
+        """
+        held, n_stocks = self.labels[stocks.refit], len(stocks.embedding)
+        held = held[held >= 0]
+        if len(held) > n_stocks:
+            raise ValueError(f"labels must be of at most the {n_stocks} eligible stocks, got {len(held)}")
+        padded = np.concatenate([held, np.full(n_stocks - len(held), -1)])
+        return np.random.default_rng([self.seed, stocks.refit]).permutation(padded)
+
+
 class SectorClusters:
-    """The economic sectors as clusters; stocks of unknown sector form one of their own."""
+    """The economic sectors as clusters; stocks of unknown sector are in none, -1.
+
+    Sectors are usually listed later than the test: that a stock has one then tells that it was still there.
+    """
 
     name = "sectors"
     reads_embedding = False
@@ -247,6 +283,9 @@ class SectorClusters:
         Raises:
             ValueError: If no sector is known.
         """
-        if (stocks.sectors < 0).all():
+        known = stocks.sectors >= 0
+        if not known.any():
             raise ValueError("SectorClusters needs sectors (data.init_args.sectors_path), none is known")
-        return by_size(stocks.sectors)
+        labels = np.full(len(known), -1)
+        labels[known] = by_size(stocks.sectors[known])
+        return labels

@@ -5,13 +5,14 @@ defined, so that it can be written as JSON as it is.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lightning_modules.metrics.bootstrap import Interval
 from lightning_modules.portfolio.inference import deflated_sharpe, sharpe_difference_intervals, sharpe_intervals
-from lightning_modules.portfolio.ledoit_wolf import FEWEST_DAYS, ledoit_wolf_test
+from lightning_modules.portfolio.ledoit_wolf import ledoit_wolf_test
 from lightning_modules.portfolio.market import Array
 from lightning_modules.portfolio.metrics import (
     cost_drag,
@@ -21,7 +22,7 @@ from lightning_modules.portfolio.metrics import (
     turnover_per_year,
     variance_explained,
 )
-from lightning_modules.portfolio.study import Arm, Study
+from lightning_modules.portfolio.study import Arm, Study, ever_held
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Of random clusterings."""
@@ -40,16 +41,13 @@ def plain(value: Any) -> Any:
     return value
 
 
-def median_random(study: Study) -> Arm | None:
-    """The random clustering whose Sharpe ratio is the median (the lower of two); None without random clusterings.
+def median_arm(arms: Sequence[Arm], risk_free: float) -> Arm:
+    """The arm whose Sharpe ratio is the median (the lower of two), of at least one.
 
     One of them, not their average: a mixture of many portfolios would be spread over more stocks than the model is.
     """
-    if not study.random_arms:
-        return None
-    ratios = [sharpe(arm.track.returns, risk_free=study.risk_free) for arm in study.random_arms]
-    order = np.argsort(ratios, kind="stable")
-    return study.random_arms[int(order[(len(order) - 1) // 2])]
+    order = np.argsort([sharpe(arm.track.returns, risk_free=risk_free) for arm in arms], kind="stable")
+    return arms[int(order[(len(order) - 1) // 2])]
 
 
 def _figures(study: Study, arm: Arm) -> dict[str, Any]:
@@ -76,8 +74,7 @@ def _explained(study: Study, arm: Arm) -> float | None:
     return None if labels is None else variance_explained(labels, study.train_volatility)
 
 
-def _random(study: Study) -> dict[str, Any] | None:
-    arms = study.random_arms
+def _by_lot(study: Study, arms: Sequence[Arm]) -> dict[str, Any] | None:
     if not arms:
         return None
     ratios = np.array([sharpe(arm.track.returns, risk_free=study.risk_free) for arm in arms])
@@ -113,11 +110,12 @@ def findings(study: Study, *, n_resamples: int = 2000, level: float = 0.95) -> d
         :func:`~lightning_modules.portfolio.metrics.summary`; ``sharpe`` (value, low, high); ``model_minus_this``
         (``sharpe`` value, low, high and ``ledoit_wolf_p``; None for the model); ``turnover_per_year``, ``cost_drag``,
         ``effective_number`` (mean over rebalances); ``volatility_explained``, the share of the variance over stocks of
-        train volatility between its clusters; ``sharpe_by_cost_bps``; ``flags`` with how often. The last of the arms is
-        the median random clustering. ``random``: mean, sd and quantiles of Sharpe ratios of random clusterings, how
-        many reach the model's and the p value of that rank. ``deflated_sharpe``: ``probability`` for ``n_trials``, the
-        variance over trials being that of all arms with clusters, random ones included. ``clustering``, ``panel``,
-        ``flags`` and the settings.
+        train volatility between its clusters; ``sharpe_by_cost_bps``; ``flags`` with how often. Last of the arms:
+        the median random and the median permuted clustering. ``random`` (sizes about equal) and ``permuted`` (sizes of
+        the model's): mean, sd and quantiles of Sharpe ratios of clusterings by lot, how many reach the model's and the
+        p value of that rank. ``deflated_sharpe``: ``probability`` for ``n_trials``, the variance over trials being that
+        of all arms with clusters, those by lot included. ``clustering``, ``panel``, ``flags`` and the settings.
+        ``ledoit_wolf_p`` and ``probability`` are None where the interval is: with fewer than 20 days, or no spread.
 
     Raises:
         ValueError: If ``n_resamples`` is below 1 or ``level`` not strictly between 0 and 1.
@@ -129,9 +127,9 @@ def findings(study: Study, *, n_resamples: int = 2000, level: float = 0.95) -> d
         "level": level,
     }
     arms = {arm.name: arm for arm in study.arms}
-    median = median_random(study)
-    if median is not None:
-        arms[f"random clusters, median of {len(study.random_arms)}"] = median
+    for name, lot in (("random", study.random_arms), ("permuted", study.permuted_arms)):
+        if lot:
+            arms[f"{name} clusters, median of {len(lot)}"] = median_arm(lot, study.risk_free)
     tracks = {name: arm.track.returns for name, arm in arms.items()}
     ours = study.model.track.returns
     intervals = sharpe_intervals(tracks, **draw)
@@ -142,7 +140,7 @@ def findings(study: Study, *, n_resamples: int = 2000, level: float = 0.95) -> d
         against = {
             "sharpe": Interval(-gap.mean, -gap.high, -gap.low),
             "ledoit_wolf_p": ledoit_wolf_test(ours, tracks[name], risk_free=study.risk_free).p_value
-            if len(ours) >= FEWEST_DAYS
+            if np.isfinite(gap.low)
             else None,
         }
         table[name] = _figures(study, arm) | {
@@ -156,22 +154,24 @@ def findings(study: Study, *, n_resamples: int = 2000, level: float = 0.95) -> d
         }
     trials = [
         sharpe(arm.track.returns, risk_free=study.risk_free)
-        for arm in (*study.arms, *study.random_arms)
+        for arm in study.all_arms
         if arm.kind in ("model", "clusters")
     ]
     probability = (
         deflated_sharpe(ours, n_trials=study.n_trials, trial_sharpes=trials, risk_free=study.risk_free)
-        if len(trials) > 1 and np.isfinite(trials).all()
+        if len(trials) > 1 and np.isfinite([*trials, intervals[study.model.name].low]).all()
         else None
     )
-    market = study.market.rows(0, study.test[1])
+    sizes = np.bincount(study.labels[study.labels >= 0])
+    market, held = study.market.rows(0, study.test[1]), ever_held(study.all_arms)
     days = {name: market.dates[start:stop] for name, (start, stop) in (("train", study.train), ("test", study.test))}
     return plain(
         {
             "mode": study.mode,
             "model": study.model.name,
             "arms": table,
-            "random": _random(study),
+            "random": _by_lot(study, study.random_arms),
+            "permuted": _by_lot(study, study.permuted_arms),
             "deflated_sharpe": {"n_trials": study.n_trials, "probability": probability},
             "clustering": study.scores,
             "panel": {name: [str(rows[0]), str(rows[-1])] for name, rows in days.items()}
@@ -179,10 +179,14 @@ def findings(study: Study, *, n_resamples: int = 2000, level: float = 0.95) -> d
             | {
                 "n_stocks": market.n_stocks,
                 "n_eligible": len(study.columns),
+                "n_held": len(held),
                 # What a universe of survivors lacks.
-                "n_left_in_test": int((market.last_price_row[study.columns] < len(market) - 1).sum()),
-                "n_clusters": len(np.unique(study.labels)),
+                "n_left_in_test": int((market.last_price_row[held] < len(market) - 1).sum()),
+                "n_without_sector": None if study.sectors is None else int((study.sectors < 0).sum()),
+                "n_clusters": len(sizes),
+                "cluster_sizes": sizes,
             },
+            "index_is_price": study.market.index_is_price,
             "risk_free": study.risk_free,
             "cost_bps": study.cost_bps,
             "drift": study.drift,

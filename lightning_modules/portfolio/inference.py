@@ -14,6 +14,12 @@ from lightning_modules.metrics.bootstrap import CHUNK_BYTES, Interval
 from lightning_modules.portfolio.market import TRADING_DAYS, Array, daily_risk_free
 from lightning_modules.portfolio.metrics import daily_series, sharpe
 
+FEWEST_DAYS = 20
+"""Days below which no interval is given: resamples of so few are hardly more than the days themselves over again."""
+
+MOST_UNDEFINED = 0.05
+"""Share of resamples without a ratio above which no interval is given: the others are not like those left out."""
+
 ANNUAL = TRADING_DAYS**0.5
 """Of a daily Sharpe ratio makes an annual one."""
 
@@ -91,11 +97,11 @@ def _tracks(tracks: Mapping[str, ArrayLike], n_resamples: int, level: float) -> 
     return np.stack(list(series.values()), axis=1)
 
 
-def _interval(estimate: float, resampled: Array, level: float) -> Interval:
+def _interval(estimate: float, resampled: Array, level: float, n_days: int) -> Interval:
     """Percentile interval; resamples without spread have no Sharpe ratio and are left out."""
     defined = resampled[~np.isnan(resampled)]
-    if np.isnan(estimate) or len(defined) == 0:
-        return Interval(float("nan"), float("nan"), float("nan"))
+    if np.isnan(estimate) or n_days < FEWEST_DAYS or len(defined) < (1 - MOST_UNDEFINED) * len(resampled):
+        return Interval(estimate, float("nan"), float("nan"))
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return Interval(estimate, float(low), float(high))
 
@@ -122,7 +128,8 @@ def sharpe_intervals(
         level: Coverage, strictly between 0 and 1.
 
     Returns:
-        ``{name: (Sharpe ratio, low, high)}``, all nan where a track has no spread.
+        ``{name: (Sharpe ratio, low, high)}``, all nan where a track has no spread; low and high are nan with fewer than
+        20 days or where more than 5 % of resamples have no spread.
 
     Raises:
         ValueError: If there is no track, lengths differ, a return is not finite or below -1, or another argument is out
@@ -133,7 +140,7 @@ def sharpe_intervals(
     table = _tracks(tracks, n_resamples, level)
     resampled = _resampled_sharpes(table, daily_risk_free(risk_free), n_resamples, mean_block, seed)
     return {
-        name: _interval(sharpe(table[:, column], risk_free=risk_free), resampled[:, column], level)
+        name: _interval(sharpe(table[:, column], risk_free=risk_free), resampled[:, column], level, len(table))
         for column, name in enumerate(tracks)
     }
 
@@ -160,7 +167,7 @@ def sharpe_difference_intervals(
         level: As in :func:`sharpe_intervals`.
 
     Returns:
-        ``{name: (difference, low, high)}``, positive where the track leads; all nan where one has no spread.
+        ``{name: (difference, low, high)}``, positive where the track leads; nan as in :func:`sharpe_intervals`.
 
     Raises:
         ValueError: As :func:`sharpe_intervals`.
@@ -174,7 +181,9 @@ def sharpe_difference_intervals(
     differences = resampled[:, :-1] - resampled[:, -1:]
     theirs = sharpe(reference, risk_free=risk_free)
     return {
-        name: _interval(sharpe(table[:, column], risk_free=risk_free) - theirs, differences[:, column], level)
+        name: _interval(
+            sharpe(table[:, column], risk_free=risk_free) - theirs, differences[:, column], level, len(table)
+        )
         for column, name in enumerate(tracks)
     }
 

@@ -17,6 +17,12 @@ Array = NDArray[np.float64]
 TRADING_DAYS = 252
 """Trading days of a year, by which daily figures are annualised."""
 
+RISK_FREE = 0.03
+"""Annual, as published."""
+
+CONSTANT = 1e-12
+"""Range of daily returns up to which a series counts as constant: far below one tick of a price, above its rounding."""
+
 
 def daily_risk_free(annual: float) -> float:
     """Daily rate that compounds to ``annual`` over 252 days: (1 + annual)^(1/252) - 1."""
@@ -39,6 +45,7 @@ class Market:
         sector_names: Names of sectors.
         delisting_returns: ``(A,) float64`` return of the day after the last price of a delisted stock; NaN where the
             stock is not delisted within these rows.
+        index_is_price: Whether the index is known to leave out dividends.
     """
 
     dates: NDArray[np.datetime64]
@@ -50,6 +57,7 @@ class Market:
     sectors: NDArray[np.int64]
     sector_names: tuple[str, ...] = ()
     delisting_returns: Array
+    index_is_price: bool = False
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> "Market":
@@ -65,6 +73,7 @@ class Market:
                 "dates": values["dates"].astype("datetime64[D]"),
                 "tickers": tuple(values["tickers"]),
                 "sector_names": tuple(values["sector_names"] or ()),
+                "index_is_price": bool(values["index_is_price"]),
             }
         )
 
@@ -128,6 +137,11 @@ class Market:
         quoted = ~np.isnan(self.prices[-1]) | ~np.isnan(self.returns[-1])
         return quoted & np.isnan(self.delisting_returns)
 
+    @cached_property
+    def stuck(self) -> NDArray[np.bool_]:
+        """``(A,)`` whether a stock has no price on the last day, so that nobody can trade it, and was not delisted."""
+        return np.isnan(self.prices[-1]) & np.isnan(self.delisting_returns)
+
     def filled_returns(self) -> Array:
         """``(T - 1, A)`` returns from the second day on, 0 where unknown: no price, no known change."""
         return np.nan_to_num(self.returns[1:], nan=0.0)
@@ -164,6 +178,24 @@ class Market:
         paid = np.flatnonzero(~np.isnan(self.delisting_returns) & (after_last < len(self)) & (after_last > 0))
         moves[after_last[paid], paid] = self.delisting_returns[paid]
         return moves
+
+
+def next_session(dates: NDArray[np.datetime64], given: np.datetime64 | None = None) -> np.datetime64:
+    """The session after the last of ``dates``: the one given, or the next day from Monday to Friday.
+
+    Raises:
+        ValueError: If the one given does not come after the last day.
+    """
+    if given is None:
+        return np.busday_offset(dates[-1], 1, roll="backward")
+    if given <= dates[-1]:
+        raise ValueError(f"next_session must come after the last day of the prices, {dates[-1]}, got {given}")
+    return given
+
+
+def next_month_start(session: np.datetime64) -> np.datetime64:
+    """The first day from Monday to Friday of the calendar month after that of ``session``."""
+    return np.busday_offset((session.astype("datetime64[M]") + 1).astype("datetime64[D]"), 0, roll="forward")
 
 
 def month_starts(dates: NDArray[np.datetime64], start: int, stop: int) -> NDArray[np.int64]:

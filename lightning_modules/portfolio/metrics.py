@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
-from lightning_modules.portfolio.market import TRADING_DAYS, Array, daily_risk_free
+from lightning_modules.portfolio.market import CONSTANT, TRADING_DAYS, Array, daily_risk_free
 
 
 def daily_series(returns: ArrayLike, name: str = "returns") -> Array:
@@ -44,15 +44,19 @@ def _paired(returns: ArrayLike, index_returns: ArrayLike) -> tuple[Array, Array]
 
 
 def _deviation(series: Array) -> float:
-    """Standard deviation; exactly 0 for a constant series, whose rounded one may be above 0; nan for one day."""
+    """Standard deviation; exactly 0 for a constant series, whose rounded one may be above 0; nan for one day.
+
+    Returns are quotients less 1, rounded in units of the quotient: that is what a spread is compared with.
+    """
     if len(series) < 2:
         return float("nan")
-    return float(series.std(ddof=1)) if np.ptp(series) > 0 else 0.0
+    constant = np.ptp(series) <= CONSTANT * (1 + np.abs(series).max())
+    return 0.0 if constant else float(series.std(ddof=1))
 
 
 def _ratio(numerator: float, denominator: float) -> float:
-    """The quotient, nan where the denominator is 0 or nan."""
-    return float(numerator / denominator) if denominator != 0 else float("nan")
+    """The quotient, nan where the denominator is 0 to rounding or nan."""
+    return float(numerator / denominator) if abs(denominator) > CONSTANT else float("nan")
 
 
 def annual_return(returns: ArrayLike) -> float:
@@ -145,7 +149,7 @@ def hit_rate(returns: ArrayLike) -> float:
 def beta(returns: ArrayLike, index_returns: ArrayLike) -> float:
     """cov(r, m) / var(m); nan where the index has no spread."""
     ours, index = _paired(returns, index_returns)
-    if len(ours) < 2 or np.ptp(index) == 0:
+    if _deviation(index) == 0 or len(ours) < 2:
         return float("nan")
     covariance = np.cov(ours, index)
     return float(covariance[0, 1] / covariance[1, 1])
@@ -190,7 +194,7 @@ def capm_alpha(
     lags = min(int(4 * (n_days / 100) ** (2 / 9)), n_days - 1) if n_lags is None else n_lags
     if not 0 <= lags < n_days:
         raise ValueError(f"n_lags must be from 0 to {n_days - 1}, got {n_lags}")
-    if n_days < 3 or np.ptp(index) == 0:
+    if n_days < 3 or _deviation(index) == 0:
         return Alpha(float("nan"), float("nan"), float("nan"), lags)
     rate = daily_risk_free(risk_free)
     design = np.column_stack([np.ones(n_days), index - rate])

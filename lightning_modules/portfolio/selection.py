@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_modules.portfolio.market import Array, daily_risk_free
+from lightning_modules.portfolio.market import CONSTANT, RISK_FREE, Array, daily_risk_free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class _BestOfEachCluster(ABC):
 
 def _deviation(returns: Array) -> Array:
     """``(A,)`` standard deviation (n - 1); exactly 0 for a constant series, whose rounded one may be above 0."""
-    return np.where(np.ptp(returns, axis=0) > 0, returns.std(0, ddof=1), 0.0)
+    return np.where(np.ptp(returns, axis=0) > CONSTANT, returns.std(0, ddof=1), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +77,14 @@ class TopSharpe(_BestOfEachCluster):
 
     Attributes:
         n_per_cluster: Stocks kept of each cluster, at least 1; published 2.
-        risk_free: Annual risk-free rate, above -1; published 0.03.
+        risk_free: Annual risk-free rate, above -1; None is that of the model, and 0.03, as published, without one.
     """
 
-    risk_free: float = 0.03
+    risk_free: float | None = None
 
     def _scores(self, labels: NDArray[np.int64], returns: Array, embedding: Array | None) -> Array:
         deviation = _deviation(returns)
-        excess = returns.mean(0) - daily_risk_free(self.risk_free)
+        excess = returns.mean(0) - daily_risk_free(RISK_FREE if self.risk_free is None else self.risk_free)
         return np.divide(excess, deviation, out=np.full_like(excess, -np.inf), where=deviation > 0)
 
 

@@ -4,7 +4,7 @@ A stocks of the market, E of them eligible on the day of a refit, k picked.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -52,15 +52,13 @@ def without_first_of_month(market: Market) -> Market:
         index = index[0] * np.cumprod(1 + index_moves[~first])
     paid = market.last_price_row + 1
     lost = (paid < len(market)) & first[np.minimum(paid, len(market) - 1)]
-    return Market(
+    return replace(
+        market,
         dates=market.dates[~first],
-        tickers=market.tickers,
         prices=prices,
         returns=returns,
         member=market.member[~first],
         index_prices=index,
-        sectors=market.sectors,
-        sector_names=market.sector_names,
         delisting_returns=np.where(lost, np.nan, market.delisting_returns),
     )
 
@@ -88,7 +86,7 @@ class Groups:
     picks: NDArray[np.int64]
 
     def labels_of_all(self, n_stocks: int) -> Labels:
-        """``(A,)``, -1 for stocks that were not eligible."""
+        """``(A,)``, -1 for stocks that were not eligible or are in no cluster."""
         labels = np.full(n_stocks, -1)
         labels[self.columns] = self.labels
         return labels

@@ -3,6 +3,7 @@
 T days, A stocks, E of them eligible at the first rebalance, D width of the embedding, n test days.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,6 +38,11 @@ class Arm:
     plan: Plan | None
 
 
+def ever_held(arms: Iterable[Arm]) -> NDArray[np.int64]:
+    """Columns of the stocks that some arm held after some rebalance, ascending; at least one arm."""
+    return np.flatnonzero(np.any([(arm.track.targets > 0).any(0) for arm in arms], axis=0))
+
+
 @dataclass(frozen=True)
 class Study:
     """All arms over one test period, under one set of rules.
@@ -50,7 +56,7 @@ class Study:
         random_arms: Clusters by lot under the same rules, one arm a seed; may be empty.
         columns: ``(E,) int64`` stocks eligible at the first rebalance.
         embedding: ``(E, D) float64``, columns standardised.
-        labels: ``(E,) int64`` of the first model's clusters, 0, 1, ... by falling size.
+        labels: ``(E,) int64`` of the first model's clusters, 0, 1, ... by falling size, -1 in none.
         diagrams: ``{degree: (bars, 2) births and deaths}`` of each eligible stock; None without topology.
         scores: Clustering scores ``{clusterer: {score: value}}``.
         risk_free: Annual.
@@ -60,6 +66,7 @@ class Study:
         n_trials: Configurations actually tried, for the deflated Sharpe ratio.
         flags: Of the prices read and of whatever else went other than asked for.
         seed: Of every resampling in the report.
+        permuted_arms: The first model's clusters with their stocks exchanged by lot, one arm a seed; may be empty.
     """
 
     mode: str
@@ -80,6 +87,7 @@ class Study:
     n_trials: int
     flags: tuple[str, ...]
     seed: int
+    permuted_arms: tuple[Arm, ...] = ()
 
     def __post_init__(self) -> None:
         """Check what every reader relies on.
@@ -93,7 +101,7 @@ class Study:
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names):
             raise ValueError(f"names of arms must differ, got {names}")
-        for arm in (*self.arms, *self.random_arms):
+        for arm in self.all_arms:
             if arm.kind not in KINDS:
                 raise ValueError(f"kind of arm {arm.name!r} must be one of {', '.join(KINDS)}, got {arm.kind!r}")
             if not np.array_equal(arm.track.dates, self.dates):
@@ -103,6 +111,11 @@ class Study:
     def model(self) -> Arm:
         """The arm in charge."""
         return self.arms[0]
+
+    @property
+    def all_arms(self) -> tuple[Arm, ...]:
+        """Those of the table, and those of clusters by lot."""
+        return (*self.arms, *self.random_arms, *self.permuted_arms)
 
     @property
     def dates(self) -> NDArray[np.datetime64]:

@@ -9,14 +9,14 @@ length. In the last two, whatever holds on a day was known at the close before i
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_modules.portfolio.backtest import Decide, Plan, Track, hold, make_plan
-from lightning_modules.portfolio.clusterers import Clusterer, RandomClusters, SectorClusters
+from lightning_modules.portfolio.clusterers import Clusterer, PermutedClusters, RandomClusters, SectorClusters
 from lightning_modules.portfolio.market import Array, Market, month_starts
 from lightning_modules.portfolio.selection import TopSharpe
 from lightning_modules.portfolio.strategy import (
@@ -40,6 +40,23 @@ from lightning_modules.portfolio.weighting import (
 Mode = Literal["published", "causal", "causal_rolling"]
 
 logger = logging.getLogger(__name__)
+
+
+def with_risk_free(rule: Any, risk_free: float) -> Any:
+    """A copy of a selection or weight rule, ``risk_free`` and ``annual_target`` filled in where they are None.
+
+    Rules inside the rule likewise. What is no dataclass is given back as it is.
+    """
+    if not is_dataclass(rule) or isinstance(rule, type):
+        return rule
+    values = {each.name: getattr(rule, each.name) for each in fields(rule) if each.init}
+    filled = {
+        name: risk_free
+        if value is None and name in ("risk_free", "annual_target")
+        else with_risk_free(value, risk_free)
+        for name, value in values.items()
+    }
+    return replace(rule, **filled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +168,7 @@ class Frame:
         nothing = np.zeros((len(rows), self.market.n_stocks))
         dates = self.market.dates
         return Track(
-            name="index",
+            name="index (price only)" if self.market.index_is_price else "index",
             dates=dates[start:stop],
             returns=returns,
             gross_returns=returns,
@@ -184,11 +201,12 @@ def cluster_strategy(frame: Frame, rules: Rules, represent: Represent, clusterer
 def walk(name: str, kind: str, frame: Frame, rules: Rules, decide: Decide) -> Arm:
     """Take one strategy through the test period."""
     plan: Plan = make_plan(name, frame.market, decide, frame.rebalances, frame.test[1])
+    track = hold(plan, frame.market, cost_bps=rules.cost_bps, drift=rules.drift)
     if kind == "model":
-        heads = Counter(flag.split(":")[0] for decision in plan.decisions for flag in decision.flags)
+        heads = Counter(flag.split(":")[0] for flags in track.flags.values() for flag in flags)
         for head, times in heads.items():
             logger.warning("%s: %s at %d of %d rebalances, see the report", name, head, times, len(plan.rows))
-    return Arm(name, kind, hold(plan, frame.market, cost_bps=rules.cost_bps, drift=rules.drift), plan)
+    return Arm(name, kind, track, plan)
 
 
 def names_of(clusterers: Sequence[Clusterer]) -> dict[str, Clusterer]:
@@ -219,7 +237,7 @@ def control_arms(frame: Frame, rules: Rules, clusterers: Sequence[Clusterer]) ->
     for name, clusterer in names_of([clusterer for clusterer in clusterers if clusterer.reads_embedding]).items():
         strategy = cluster_strategy(frame, rules, volatility_only, clusterer)
         arms.append(walk(f"{VOLATILITY_ONLY}, {name}", "clusters", frame, rules, strategy))
-    if frame.market.sector_names:
+    if (frame.market.sectors[frame.first_columns(rules)] >= 0).any():
         strategy = cluster_strategy(frame, rules, no_representation, SectorClusters())
         arms.append(walk("sectors", "clusters", frame, rules, strategy))
     n_train_days = frame.train[1] - frame.train[0]
@@ -233,12 +251,28 @@ def control_arms(frame: Frame, rules: Rules, clusterers: Sequence[Clusterer]) ->
         allocation = AllocationStrategy(weighting, n_train_days, rules.weight_months, rules.min_observed)
         arms.append(walk(name, "allocation", frame, rules, allocation))
     if frame.market.index_prices is not None:
-        arms.append(Arm("index", "index", frame.index_track(), None))
+        track = frame.index_track()
+        arms.append(Arm(track.name, "index", track, None))
     return arms
 
 
+def permuted_arms(frame: Frame, rules: Rules, plan: Plan, seeds: Iterable[int]) -> list[Arm]:
+    """The clusters of a plan, stocks exchanged by lot at each refit, under the same rules; one arm a seed."""
+    labels = [np.empty(0, np.int64) if each.labels is None else each.labels for each in plan.decisions]
+    return [
+        walk(
+            f"permuted clusters {seed}",
+            "clusters",
+            frame,
+            rules,
+            cluster_strategy(frame, rules, no_representation, PermutedClusters(labels=labels, seed=seed)),
+        )
+        for seed in seeds
+    ]
+
+
 def random_arms(frame: Frame, rules: Rules, n_clusters: int, seeds: Iterable[int]) -> list[Arm]:
-    """Clusters by lot under the same rules, one arm a seed."""
+    """Clusters of about equal sizes by lot under the same rules, one arm a seed."""
     return [
         walk(
             f"random clusters {seed}",

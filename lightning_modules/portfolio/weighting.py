@@ -17,11 +17,8 @@ from scipy.cluster.hierarchy import linkage
 from scipy.optimize import minimize
 from scipy.spatial.distance import squareform
 
-from lightning_modules.portfolio.market import TRADING_DAYS, Array, daily_risk_free
+from lightning_modules.portfolio.market import CONSTANT, RISK_FREE, TRADING_DAYS, Array, daily_risk_free
 from lightning_modules.portfolio.mean_variance import largest_mean, minimise_variance, onto_capped_simplex
-
-CONSTANT = 1e-12
-"""Range of returns up to which a series counts as constant: far below one tick of a price."""
 
 
 class Weights(NamedTuple):
@@ -166,14 +163,14 @@ class MeanVariance(MinimumVariance):
 
     Attributes:
         max_weight: Cap of a weight, in (0, 1]; raised to 1/k, with a flag, where k of them would not reach 1.
-        annual_target: Least mean of a year.
+        annual_target: Least mean of a year; None is the risk-free rate of the model, and 0.03 without one.
     """
 
-    annual_target: float = 0.03
+    annual_target: float | None = None
 
     def _weigh(self, returns: Array) -> Weights:
         mean, covariance = annual_moments(returns)
-        return self._solve(mean, covariance, self.annual_target)
+        return self._solve(mean, covariance, RISK_FREE if self.annual_target is None else self.annual_target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +189,7 @@ class PublishedMeanVariance:
     """
 
     max_weight: float = 0.3
-    target: float = daily_risk_free(0.03)
+    target: float = daily_risk_free(RISK_FREE)
     n_iterations: int = 100
 
     def __post_init__(self) -> None:

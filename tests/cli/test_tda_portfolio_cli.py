@@ -99,13 +99,18 @@ def test_bundled_stocks_from_one_yaml(seqlit, project, tmp_path):
 
     status, out, err = seqlit("predict", "--config", shipped, *quick)
     assert status == 0, err
-    assert "orders as of 2022-12-28" in out, "the panel goes on after the test, and so does the advice"
+    assert "as of 2022-12-28 hold, no orders for 2022-12-29" in out, "the panel goes on after the test, as does advice"
+    assert "the next rebalance is at the first session of 2023-01" in out
     orders = pl.read_parquet(run / "orders.parquet")
     assert orders["target"].sum() == pytest.approx(1, abs=1e-8)
     assert orders["held"].sum() == pytest.approx(1, abs=1e-8)
     np.testing.assert_allclose(orders["order"], orders["target"] - orders["held"], atol=1e-15)
-    assert set(orders["side"]) <= {"buy", "sell", "hold"}
+    assert set(orders["side"]) == {"hold"}, "the strategy that was tested trades at the first session of a month"
     assert orders.filter(pl.col("target") > 1e-6)["cluster"].null_count() == 0
+    status, out, err = seqlit("predict", "--config", shipped, *quick, "--model.init_args.next_session", "2023-01-03")
+    assert status == 0, err
+    assert "orders as of 2022-12-28 for 2023-01-03" in out
+    assert {"buy", "sell"} <= set(pl.read_parquet(run / "orders.parquet")["side"])
     weights = pl.read_parquet(run / "weights.parquet")
     by_date = weights.group_by("date", maintain_order=True).agg(pl.col("weight").sum())
     assert len(by_date) == 204, "17 years of months"

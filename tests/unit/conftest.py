@@ -88,7 +88,7 @@ def build_study(
     cost_bps=10.0,
     seed=0,
 ):
-    """A study with ``more`` additional controls; ``n_random`` random clusterings."""
+    """A study with ``more`` additional controls; ``n_random`` random clusterings, and as many permuted ones."""
     rng = np.random.default_rng(seed)
     market = synthetic_study_market(n_stocks, n_days, rng, index=index, sectors=sectors)
     spread = np.nan_to_num(market.returns[:n_train]).std(0)
@@ -140,6 +140,7 @@ def build_study(
         )
         arms.append(Arm("index", "index", track, None))
     by_lot = [rng.integers(n_clusters, size=n_stocks) for _ in range(n_random)]
+    exchanged = [np.random.default_rng([seed, number]).permutation(labels) for number in range(n_random)]
     return Study(
         mode=mode,
         market=market,
@@ -161,6 +162,9 @@ def build_study(
         n_trials=3,
         flags=("prices: 2 gaps of at most 5 days filled",),
         seed=seed,
+        permuted_arms=tuple(
+            arm(f"permuted clusters {number}", "clusters", pick_and_weigh(lot)) for number, lot in enumerate(exchanged)
+        ),
     )
 
 

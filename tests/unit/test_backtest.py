@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_modules.portfolio.backtest import Decision, Plan, hold, make_plan
-from lightning_modules.portfolio.market import Market, daily_risk_free, month_starts
+from lightning_modules.portfolio.backtest import Decision, Plan, hold, make_plan, traded
+from lightning_modules.portfolio.market import Market, daily_risk_free, month_starts, next_month_start, next_session
 
 NAN = np.nan
 
@@ -94,6 +94,64 @@ def test_weight_on_a_stock_without_a_price_the_day_before_is_refused():
     market = market_of([[1.0, 1], [1, 1], [NAN, 1], [NAN, 2]])
     with pytest.raises(ValueError, match="half, 2020-01-04: weight on A, without a price the day before"):
         make_plan("half", market, always(0.5, 0.5), np.array([1, 3]), 4)
+
+
+# A quarter of A, halted on rows 2 and 3, reopens at a quarter of its price.
+HALTED = market_of([[4.0, 1], [4, 1], [NAN, 1], [NAN, 1], [1, 1], [1, 1]])
+
+
+def test_a_halted_stock_is_held_until_it_has_a_price_again():
+    wanted = [np.array([0.25, 0.75]), np.array([0.0, 1.0]), np.array([0.0, 1.0])]
+    plan = make_plan("out", HALTED, lambda past, number: Decision(wanted[number]), np.array([1, 4, 5]), 6)
+    track = hold(plan, HALTED, cost_bps=100)
+    # nothing is sold at the old price before row 4, so its loss is there; before row 5 it is sold
+    np.testing.assert_allclose(track.gross_returns, [0, 0, 0, -3 / 16, 0], rtol=1e-15)
+    np.testing.assert_allclose(track.targets, [[0.25, 0.75], [0.25, 0.75], [0, 1]], rtol=1e-15)
+    left = (1 / 16) / (13 / 16)
+    np.testing.assert_allclose(track.turnover, [1, 0, 2 * left], rtol=1e-14)
+    assert list(track.flags) == [str(HALTED.dates[4])]
+    (flag,) = track.flags[str(HALTED.dates[4])]
+    assert flag == "frozen: 1 stocks without a price the day before stay at 25.0% of wealth"
+
+
+def test_what_can_be_traded_shares_what_a_halted_stock_leaves():
+    prices = np.ones((4, 4))
+    prices[1:3, 0] = NAN
+    market = market_of(prices)
+    weights, flags = traded(np.array([0, 0.2, 0.6, 0.2]), np.array([0.5, 0.5, 0, 0]), market.before(3))
+    np.testing.assert_allclose(weights, [0.5, 0.1, 0.3, 0.1], rtol=1e-15)
+    assert len(flags) == 1
+    carried, _ = traded(np.array([0.8, 0.1, 0.1, 0]), np.array([0, 1.0, 0, 0]), market.before(3))
+    np.testing.assert_allclose(carried, [0, 0.5, 0.5, 0], rtol=1e-15)  # nor can it be bought
+    same = np.array([0, 0.5, 0.25, 0.25])
+    assert traded(same, np.array([0, 1.0, 0, 0]), market.before(3)) == (same, ())
+    only = np.array([1.0, 0, 0, 0])
+    stay, flags = traded(only, same, market.before(3))
+    assert (stay.tolist(), flags[0][:7]) == (same.tolist(), "frozen:")
+    with pytest.raises(ValueError, match="none of the stocks wanted has a price on 2020-01-03"):
+        traded(only, np.zeros(4), market.before(3))
+
+
+def test_what_a_delisting_paid_out_is_not_frozen():
+    market = market_of([[1.0, 1], [1, 1], [NAN, 1], [NAN, 1]], delisting=[-0.5, NAN])
+    assert market.before(4).stuck.tolist() == [False, False]
+    assert market.before(2).stuck.tolist() == [False, False]
+    assert market_of(market.prices).before(3).stuck.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("last", "session", "month"),
+    [
+        ("2022-12-28", "2022-12-29", "2023-01-02"),
+        ("2022-12-30", "2023-01-02", "2023-02-01"),
+        ("2022-12-31", "2023-01-02", "2023-02-01"),  # a Saturday
+        ("2023-08-31", "2023-09-01", "2023-10-02"),
+    ],
+)
+def test_the_next_session_by_business_days(last, session, month):
+    found = next_session(np.array([last], "datetime64[D]"))
+    assert str(found) == session
+    assert str(next_month_start(found)) == month
 
 
 def test_costs_that_eat_everything_are_refused():

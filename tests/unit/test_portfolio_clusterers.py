@@ -11,6 +11,7 @@ from lightning_modules.portfolio.clusterers import (
     DTWKMeansClusters,
     KMeansClusters,
     KShapeClusters,
+    PermutedClusters,
     RandomClusters,
     SectorClusters,
     SpectralClusters,
@@ -56,7 +57,18 @@ def test_finds_what_is_plain_to_see(kind, three_groups):
 
 def test_sectors_are_clusters_of_their_own():
     stocks = Stocks(np.zeros((6, 1)), np.zeros((9, 6)), np.array([4, -1, 2, 2, 2, -1]))
-    assert SectorClusters()(stocks).tolist() == [2, 1, 0, 0, 0, 1]
+    assert SectorClusters()(stocks).tolist() == [1, -1, 0, 0, 0, -1], "no sector, no cluster"
+
+
+def test_permuted_clusters_keep_sizes_and_those_in_none():
+    labels = np.array([-1, 0, 0, 0, 1, 1, 2, -1, 0])  # of nine stocks, eight eligible, one of them in no cluster
+    stocks = Stocks(np.zeros((8, 1)), np.zeros((9, 8)), np.full(8, -1), 1)
+    drawn = [PermutedClusters(labels=[labels[:3], labels], seed=seed)(stocks) for seed in (0, 0, 1)]
+    assert sorted(drawn[0]) == [-1, 0, 0, 0, 0, 1, 1, 2]
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    with pytest.raises(ValueError, match="at most the 8 eligible stocks, got 9"):
+        PermutedClusters(labels=[labels, np.zeros(9, int)])(stocks)
 
 
 def test_random_clusters_are_a_function_of_seed_and_refit():

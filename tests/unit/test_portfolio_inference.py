@@ -143,8 +143,24 @@ def test_series_without_spread_have_no_interval():
     assert np.isfinite(found["moving"]).all()
     assert np.isnan(sharpe_difference_intervals(tracks, tracks["flat"], n_resamples=50)["moving"]).all()
     assert np.isnan(sharpe_interval([0.01])).all()
-    # two days: of resamples half hold one day twice, and are left out
-    assert np.isfinite(sharpe_interval([0.01, 0.03], n_resamples=50)).all()
+
+
+def test_too_few_days_have_a_ratio_and_no_interval():
+    """Of two days half of the resamples hold one of them twice; the others all have the same ratio."""
+    for n_days in (2, 19, 20):
+        series = normal(n_days, 1)[:, 0]
+        value, low, high = sharpe_interval(series, n_resamples=50)
+        assert np.isfinite(value)
+        assert np.isfinite([low, high]).all() == (n_days == 20)
+        assert np.isfinite(sharpe_difference_interval(series, -series, n_resamples=50)[1]) == (n_days == 20)
+
+
+def test_a_series_that_moved_once_has_no_interval():
+    """A third of its resamples leave that day out; an interval of the others would be one of moving series."""
+    once = np.where(np.arange(100) == 50, 0.01, 0.0)
+    value, low, high = sharpe_interval(once, n_resamples=200)
+    assert np.isfinite(value)
+    assert np.isnan([low, high]).all()
 
 
 def test_deflated_sharpe_of_the_example_of_the_paper():

@@ -21,6 +21,17 @@ RATE = 1.03 ** (1 / 252) - 1
 CLOSE = {"rel": 1e-13}  # float64 through some tens of operations
 
 
+def test_rounding_of_constant_prices_is_no_spread():
+    """Returns of prices that do not move, as a portfolio of shares computes them: 0 but for the last bits of 1."""
+    rounded = np.array([0.0, 2.220446049250313e-16, -1.1102230246251565e-16] * 20)
+    for metric in (metrics.sharpe, metrics.calmar, lambda r: metrics.sortino(r, risk_free=0)):
+        assert np.isnan(metric(rounded))
+    assert metrics.volatility(rounded) == 0
+    assert np.isnan(metrics.beta(np.resize(RETURNS, 60), rounded))
+    assert np.isnan(capm_alpha(np.resize(RETURNS, 60), rounded).alpha)
+    assert metrics.sharpe(1e-6 * RETURNS, risk_free=0) == pytest.approx(0.125 / STD * YEAR), "a small spread is one"
+
+
 def test_risk_free_rate_is_that_of_the_paper():
     assert pytest.approx(1.17304e-4, abs=5e-10) == RATE  # printed to six digits
 

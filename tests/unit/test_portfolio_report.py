@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_modules.callbacks import PortfolioReport
 from lightning_modules.callbacks.portfolio_text import sentences, table
 from lightning_modules.portfolio.backtest import hold
-from lightning_modules.portfolio.findings import findings, median_random, plain
+from lightning_modules.portfolio.findings import findings, median_arm, plain
 
 DRAWS = 200  # enough for stable signs, cheap
 RATE = 1.03 ** (1 / 252) - 1
@@ -89,19 +89,30 @@ def test_share_of_volatility_between_clusters(study, found):
     assert found["arms"]["volatility only, ward"]["volatility_explained"] > 0.8  # Ward on that very number
 
 
-def test_random_clusters_are_summed_up_and_the_model_is_ranked_among_them(study, found):
-    ratios = np.array([ratio(arm.track.returns) for arm in study.random_arms])
+@pytest.mark.parametrize("lot", ["random", "permuted"])
+def test_clusters_by_lot_are_summed_up_and_the_model_is_ranked_among_them(study, found, lot):
+    arms = getattr(study, f"{lot}_arms")
+    ratios = np.array([ratio(arm.track.returns) for arm in arms])
     reached = (ratios >= ratio(study.model.track.returns)).sum()
-    random = found["random"]
+    random = found[lot]
     assert random["n_at_least_model"] == reached
     assert random["p_value"] == pytest.approx((1 + reached) / 13)  # 12 seeds and the model
     assert random["sharpe"]["mean"] == pytest.approx(ratios.mean())
     assert random["sharpe"]["sd"] == pytest.approx(ratios.std(ddof=1))
     assert random["sharpe"]["quantiles"]["0.05"] == pytest.approx(np.quantile(ratios, 0.05))
-    assert ratio(median_random(study).track.returns) == np.sort(ratios)[5]  # the lower middle of twelve
-    added = ratio(study.model.track.returns) - ratios.mean()
-    assert f"what the model's clusters add to that is {added:+.2f}." in text(found)
-    assert found["arms"]["random clusters, median of 12"]["sharpe"][0] == pytest.approx(np.sort(ratios)[5])
+    assert ratio(median_arm(arms, 0.03).track.returns) == np.sort(ratios)[5]  # the lower middle of twelve
+    assert found["arms"][f"{lot} clusters, median of 12"]["sharpe"][0] == pytest.approx(np.sort(ratios)[5])
+    assert f"{reached} of 12 reach the model's" in text(found)
+    added = f"what the model's clusters add to that is {ratio(study.model.track.returns) - ratios.mean():+.2f}."
+    assert (added in text(found)) == (lot == "permuted"), "beside clusters of the model's own sizes"
+
+
+def test_what_the_model_adds_is_not_answered_by_clusters_of_other_sizes(study):
+    said = text(findings(replace(study, permuted_arms=()), n_resamples=5))
+    assert "whether the model's clusters add anything is not answered here" in said
+    assert "Random clusters, sizes about equal, under the same rules (12 seeds)" in said
+    sizes = ", ".join(map(str, np.bincount(study.labels)))
+    assert f"the model's have {sizes} stocks at first, so this also compares sizes." in said
 
 
 def test_what_is_not_a_number_is_null(study, found):
@@ -116,7 +127,8 @@ def test_a_series_without_spread_has_no_ratio_and_ends_nothing(study):
     found = findings(still, n_resamples=DRAWS)
     assert found["arms"]["index"]["sharpe"] == [None, None, None]
     assert "| index | 0.0% | 0.0% | not defined [not defined, not defined]" in "\n".join(table(found))
-    assert "The difference is not defined, a ratio having no spread, to: index." in text(found)
+    assert "No interval, and so no verdict, as 250 days are too few or a series is constant" in text(found)
+    assert "on most of them, against: index." in text(found)
     assert "index" not in text(found).split("holding zero, from: ")[1].split("\n")[0]
 
 
@@ -143,7 +155,7 @@ def test_verdicts_flip_with_the_numbers(make_study):
     assert behind + "none of them." in text(rich)
     assert ahead + "none of them." in text(poor)
     assert behind + "none of them." not in text(poor)
-    for name in ("sectors", "1/N", "index", "random clusters, median of 20"):
+    for name in ("sectors", "1/N", "index", "random clusters, median of 20", "permuted clusters, median of 20"):
         assert name in text(rich).split(ahead)[1].split(".\n")[0]
         assert name in text(poor).split(behind)[1].split(".\n")[0]
     assert "earn more than clusters by lot" in text(rich)
@@ -183,7 +195,7 @@ def test_survivorship_is_said_unless_stocks_leave(study, found):
     prices[-30:, 7] = np.nan
     left = findings(replace(study, market=replace(study.market, prices=prices)), n_resamples=5)
     assert left["panel"]["n_left_in_test"] == 1
-    assert "1 of these have their last price inside the test" in text(left)
+    assert "Of the 40 stocks that some method held, 1 have their last price inside the test" in text(left)
     assert "survivors" not in text(left)
 
 
@@ -199,12 +211,63 @@ def test_flags_are_listed_and_counted(study):
 
 def test_table_has_one_row_an_arm(study, found):
     lines = table(found)
-    assert len(lines) == 4 + len(study.arms) + 1  # heading, blank, two of the header; the median random clustering
+    assert len(lines) == 4 + len(study.arms) + 2  # heading, blank, two of the header; two medians of clusters by lot
     assert {line.count("|") for line in lines[2:]} == {10}
     model = found["arms"]["model, ward"]
     low, high = model["sharpe"][1:]
     assert f"| {model['at_cost']['sharpe']:.2f} [{low:.2f}, {high:.2f}] |" in lines[4]
     assert lines[4].endswith("|  |  |")
+
+
+def test_few_days_give_no_verdict(make_study):
+    """Two days resample to zero width, and the interval of a difference of anything lies to one side of 0."""
+    found = findings(make_study(n_stocks=20, n_days=402, n_random=3, diagrams=False), n_resamples=DRAWS)
+    for arm in found["arms"].values():
+        assert arm["sharpe"][0] is not None
+        assert arm["sharpe"][1:] == [None, None]
+        assert arm["model_minus_this"] is None or arm["model_minus_this"]["ledoit_wolf_p"] is None
+    assert found["deflated_sharpe"]["probability"] is None
+    said = text(found)
+    assert "No interval, and so no verdict, as 2 days are too few" in said
+    assert "has a higher Sharpe ratio" not in said
+    assert "by chance" not in said
+
+
+def test_rounding_is_no_lead(study):
+    twin = study.arms[1]
+    track = replace(study.arms[0].track, returns=study.arms[0].track.returns - 1e-16)
+    found = findings(
+        replace(study, arms=(study.arms[0], replace(twin, track=track, plan=study.arms[0].plan))), n_resamples=DRAWS
+    )
+    assert f"holding zero, from: {twin.name}" in text(found)
+
+
+def test_stocks_without_a_sector_are_counted(study):
+    sectors = study.market.sectors.copy()
+    sectors[:6] = -1
+    found = findings(replace(study, market=replace(study.market, sectors=sectors)), n_resamples=5)
+    assert found["panel"]["n_without_sector"] == 6
+    assert "6 of the eligible have no sector and are in no cluster of sectors" in text(found)
+
+
+def test_who_was_held_later_is_counted_among_those_that_leave(study):
+    """Of a universe that is renewed, stocks eligible at the first rebalance are not all that are lost."""
+    prices = study.market.prices.copy()
+    prices[-30:, 7] = np.nan
+    market = replace(study.market, prices=prices)
+    kept = np.delete(np.arange(40), 7)
+    late = replace(
+        study, market=market, columns=kept, embedding=study.embedding[kept], labels=study.labels[kept], diagrams=None
+    )
+    assert findings(late, n_resamples=5)["panel"]["n_left_in_test"] == 1
+
+
+@pytest.mark.parametrize("is_price", [False, True])
+def test_a_price_index_is_said_to_lack_dividends(study, is_price):
+    market = replace(study.market, index_is_price=is_price)
+    said = text(findings(replace(study, market=market), n_resamples=5))
+    assert ("every alpha against it holds about the dividend yield" in said) == is_price
+    assert ("if its file is a price index" in said) != is_price
 
 
 @pytest.mark.parametrize("bare", [{"index": False}, {"sectors": False}, {"n_random": 0}])
@@ -213,7 +276,8 @@ def test_works_without(make_study, bare):
     assert table(found)
     if "n_random" in bare:
         assert found["random"] is None
-        assert "No random clusters were run" in text(found)
+        assert found["permuted"] is None
+        assert "No permuted clusters were run" in text(found)
     if "index" in bare:
         assert "beta" not in found["arms"]["1/N"]["at_cost"]
     if "sectors" in bare:

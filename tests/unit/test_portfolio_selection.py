@@ -119,3 +119,11 @@ def test_bad_input_ends_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_price_that_moves_by_rounding_alone_does_not_trade():
+    """Sharpe ratio and volatility of 1e-16 noise would be the best of all."""
+    random = np.random.default_rng(0)
+    returns = np.column_stack([2.2e-16 * random.integers(0, 2, 60), 0.01 * random.standard_normal((60, 2))])
+    for rule in (TopSharpe(n_per_cluster=2, risk_free=0.0), MinVolatility(n_per_cluster=2)):
+        assert rule(np.zeros(3, dtype=np.int64), returns, None).tolist() == [1, 2]

@@ -15,6 +15,7 @@ from lightning_modules.portfolio.walk import (
     cluster_strategy,
     control_arms,
     no_representation,
+    permuted_arms,
     random_arms,
     volatility_only,
     walk,
@@ -176,6 +177,34 @@ def test_controls_and_random_clusters(frame):
     for one, other in zip(once, again, strict=True):
         assert np.array_equal(one.plan.targets, other.plan.targets)
     assert not np.array_equal(once[0].plan.targets, once[1].plan.targets)
+
+
+def test_permuted_clusters_have_the_sizes_of_the_plan_at_every_refit(frame):
+    rules = Rules(mode="causal_rolling", refit_months=2, weighting=EqualWeight())
+    strategy = cluster_strategy(frame, rules, volatility_only, KMeansClusters(n_clusters=4))
+    plan = walk("x", "model", frame, rules, strategy).plan
+    once, again = (permuted_arms(frame, rules, plan, range(3)) for _ in range(2))
+    assert len(once) == 3
+    for one, other in zip(once, again, strict=True):
+        assert np.array_equal(one.plan.targets, other.plan.targets)
+        for mine, theirs in zip(plan.decisions, one.plan.decisions, strict=True):
+            held = mine.labels >= 0
+            assert np.array_equal(theirs.labels >= 0, held), "the same stocks"
+            assert np.array_equal(np.bincount(mine.labels[held]), np.bincount(theirs.labels[held]))
+            assert not np.array_equal(mine.labels, theirs.labels)
+
+
+def test_stocks_without_a_sector_are_not_bought_as_a_sector(frame):
+    sectors = frame.market.sectors.copy()
+    unknown = frame.first_columns(Rules())[::2]
+    sectors[unknown] = -1
+    partly = replace(frame, market=replace(frame.market, sectors=sectors))
+    (arm,) = (arm for arm in control_arms(partly, Rules(weighting=EqualWeight()), []) if arm.name == "sectors")
+    assert (arm.plan.targets[:, unknown] == 0).all()
+    sectors[frame.first_columns(Rules())] = -1
+    sectors[np.setdiff1d(np.arange(24), frame.first_columns(Rules()))] = 0
+    nobody = replace(frame, market=replace(frame.market, sectors=sectors))
+    assert "sectors" not in [arm.name for arm in control_arms(nobody, Rules(weighting=EqualWeight()), [])]
 
 
 def test_the_index_is_held_from_the_close_before_the_test(frame):
