@@ -82,6 +82,13 @@ class LastCheckpoint(Checkpoint):
         """Keep the mark until training starts."""
         self._restored_stop = state_dict["stopped"]
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Give Lightning's own checkpoints back the score they last wrote by: they keep it, but do not take it up."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and state is not None:
+                callback.current_score = state.get("current_score")
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals; Lightning puts the handlers back when the fit is over."""
         if self._folder is not None and threading.current_thread() is threading.main_thread():
