@@ -612,7 +612,7 @@ def test_a_last_batch_of_one_series_is_trained_on(folder):
     assert module.found is not None
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of which people still have files
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # of which people still have files
 @pytest.mark.parametrize("ending", [".ts", ".pt2"])
 def test_a_program_is_attacked_as_it_is(folder, tmp_path, ending):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(40, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).eval()

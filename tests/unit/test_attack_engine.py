@@ -510,7 +510,7 @@ def test_padded_series_and_a_network_without_mask_end_in_one_line(series):
             frozen_networks.call(network, x, mask)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("kind", ["export", "script"])
 def test_padded_series_and_a_program_without_mask_end_in_one_line(series, kind):
     x, y = series

@@ -119,7 +119,7 @@ def test_programs_can_be_attacked(x, tmp_path):
     torch.testing.assert_close(attack(victim, x, labels).logits, attack(network, x, labels).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript_programs(x, tmp_path):
     torch.jit.script(head(1)).save(tmp_path / "network.ts")
     victim = load_victim(program=tmp_path / "network.ts", trusted=True, probe=x)
@@ -139,7 +139,7 @@ def exported(network, x):
     return torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript_saved_in_train_mode_is_attacked_in_evaluation_mode(x, tmp_path):
     network = noisy(nn.BatchNorm1d(T * C), nn.Dropout(0.5))
     torch.jit.script(network).save(tmp_path / "network.ts")
@@ -167,7 +167,7 @@ class Counting(nn.Module):
         return self.head(series.flatten(1))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("kind", ["script", "export", "train-mode export"])
 def test_an_attack_leaves_flags_gradients_and_buffers_of_a_program(x, kind):
     if kind == "script":
@@ -187,7 +187,7 @@ def test_an_attack_leaves_flags_gradients_and_buffers_of_a_program(x, kind):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in program.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("ending", [".pt2", ".ts"])
 @pytest.mark.parametrize(
     ("layer", "found"),
@@ -210,7 +210,7 @@ def test_a_program_with_train_mode_in_its_graph_is_refused(x, tmp_path, layer, f
     assert check_logits(Victim(exported(network.eval(), x).module()), x) == 2
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:The tensor attributes:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:The tensor attributes:UserWarning")
 @pytest.mark.parametrize("kind", ["layer", "script", "export", "none"])
 def test_cudnn_is_off_for_recurrent_programs_on_cuda(x, kind):
     """T4: the backward of its recurrent layers refuses evaluation mode."""
@@ -252,7 +252,7 @@ def test_victims_that_cannot_be_loaded_end_in_one_line(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_files_that_hold_no_weights_are_refused_without_running_them(tmp_path, capsys):
     torch.save(Pickled(), tmp_path / "code.pt")
     with pytest.raises(ValueError, match="is not a file of plain weights"):
