@@ -38,6 +38,7 @@ from lightning_modules import KernelAttentionAggregator
 from lightning_modules.context import (
     AttentionHawkes,
     BestProbe,
+    Context,
     ContextBank,
     ContextRules,
     Evaluation,
@@ -211,32 +212,35 @@ def share_closed(drawn: Any, claim: str, seed: int) -> dict[str, Any]:
         share = float((oracles["own"].mean() - losses[chosen].mean()) / gap)
         result["share"] = [share, *np.quantile(shares, [0.025, 0.975])]
     if claim == "cohort":
-        result["mass"] = {name: mass_on_own_group(drawn, model, batch, asked, name) for name in AGGREGATORS[claim]}
-        result["known group"] = known_group_loss(drawn, model, batch, asked, seed)
+        encoded = Encoded(model, batch["events"], batch["context_users"])
+        result["mass"] = {name: mass_on_own_group(drawn, encoded, asked, name) for name in AGGREGATORS[claim]}
+        result["known group"] = known_group_loss(drawn, encoded, asked, seed)
     return result
 
 
+def of_own_group(drawn: Any, context: Context, users: Tensor) -> Tensor:
+    """``(Q, n) bool``: rows of users of the asked user's group."""
+    groups = torch.from_numpy(drawn.groups)
+    return groups[context.users.expand(context.visible.shape)] == groups[users].unsqueeze(1)
+
+
 @torch.no_grad()
-def mass_on_own_group(drawn: Any, model: Any, batch: Mapping[str, Any], asked: Mapping[str, Any], name: str) -> float:
+def mass_on_own_group(drawn: Any, encoded: Encoded, asked: Mapping[str, Any], name: str) -> float:
     """Mean weight that an aggregator puts on users of the asked user's group, over 1,000 test queries."""
     rows = torch.nonzero(asked["fold"] == 2).flatten()[:1000]
     users, times = asked["users"][rows], asked["times"][rows]
-    encoded = Encoded(model, batch["events"], batch["context_users"])
     context = encoded.bank(name).context(times, users, "gathered")
-    weights = model.branch(name).aggregator.weights(encoded.own(name, users, times).states, context)
-    groups = torch.from_numpy(drawn.groups)
-    same = groups[context.users.expand(weights.shape)] == groups[users].unsqueeze(1)
-    return float((weights * same).sum() / weights.sum())
+    weights = encoded.model.branch(name).aggregator.weights(encoded.own(name, users, times).states, context)
+    return float((weights * of_own_group(drawn, context, users)).sum() / weights.sum())
 
 
 @torch.no_grad()
-def known_group_loss(drawn: Any, model: Any, batch: Mapping[str, Any], asked: Mapping[str, Any], seed: int) -> float:
+def known_group_loss(drawn: Any, encoded: Encoded, asked: Mapping[str, Any], seed: int) -> float:
     """Log-loss on the test beside the mean state of the own group, which no model knows: what attention could reach."""
-    encoded, groups = Encoded(model, batch["events"], batch["context_users"]), torch.from_numpy(drawn.groups)
     features = []
     for users, times in zip(asked["users"].split(2048), asked["times"].split(2048), strict=True):
         context = encoded.bank("mean").context(times, users, "gathered")
-        same = context.visible & (groups[context.users.expand(context.visible.shape)] == groups[users].unsqueeze(1))
+        same = context.visible & of_own_group(drawn, context, users)
         mean = context.combine(same / same.sum(1, keepdim=True).clamp(min=1), context.states)
         features.append(torch.cat([encoded.own("mean", users, times).states, mean], 1))
     parts = [(torch.cat(features)[asked["fold"] == fold], asked["labels"][asked["fold"] == fold]) for fold in range(3)]

@@ -177,8 +177,7 @@ def _alarms(judge: JudgeRecord, threshold: Threshold, level: float, n_thresholds
     }
 
 
-def _judge(study: AttackStudy, judge: JudgeRecord, auc: float, level: float) -> dict[str, Any]:
-    n_thresholds = sum(limit.resolvable for one in study.judges for limit in _thresholds(one).values())
+def _judge(study: AttackStudy, judge: JudgeRecord, auc: float, level: float, n_thresholds: int) -> dict[str, Any]:
     return {
         "role": judge.role,
         "provenance": judge.provenance,
@@ -388,12 +387,13 @@ def findings(study: AttackStudy, *, n_resamples: int = 2000, level: float = 0.95
     clean = decisions(study.clean_logits)
     n_classes = len(study.class_names)
     rows = intervals(study, panel, n_resamples, level)
+    n_limits = sum(limit.resolvable for judge in study.judges for limit in _thresholds(judge).values())
     n, n_steps, n_channels = study.series.shape
     return plain(
         {
             "headline": None if best is None else best.name,
             "attacks": {one.name: _attack(study, one, panel, level) | rows[one.name] for one in study.attacks},
-            "judges": {judge.name: _judge(study, judge, aucs[judge.name], level) for judge in study.judges},
+            "judges": {judge.name: _judge(study, judge, aucs[judge.name], level, n_limits) for judge in study.judges},
             "panel": [judge.name for judge in panel],
             "victim": {
                 **_classifier(study.clean_logits, study.labels, n_classes),

@@ -24,9 +24,9 @@ CONSTANT = 1e-12
 """Range of daily returns up to which a series counts as constant: far below one tick of a price, above its rounding."""
 
 
-def daily_risk_free(annual: float) -> float:
-    """Daily rate that compounds to ``annual`` over 252 days: (1 + annual)^(1/252) - 1."""
-    return float((1 + annual) ** (1 / TRADING_DAYS) - 1)
+def daily_risk_free(annual: float | None) -> float:
+    """Daily rate that compounds to ``annual``, by default ``RISK_FREE``, over 252 days: (1 + annual)^(1/252) - 1."""
+    return float((1 + (RISK_FREE if annual is None else annual)) ** (1 / TRADING_DAYS) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

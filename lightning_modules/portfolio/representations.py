@@ -10,7 +10,7 @@ Source: spec of arXiv 2308.07944, section 4.
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.portfolio.market import RISK_FREE, daily_risk_free
+from lightning_modules.portfolio.market import daily_risk_free
 
 
 class RawReturns(nn.Module):
@@ -126,7 +126,7 @@ class FinancialFeatures(nn.Module):
         """
         if index_returns is None:
             raise ValueError("FinancialFeatures needs an index (data.init_args.index_paths), got none")
-        rate = daily_risk_free(RISK_FREE if self.risk_free is None else self.risk_free)
+        rate = daily_risk_free(self.risk_free)
         mean, std, var = returns.mean(1), returns.std(1), returns.var(1)
         market = index_returns.mean()
         covariance = ((returns - mean[:, None]) * (index_returns - market)).sum(1) / (returns.shape[1] - 1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_modules.portfolio.market import CONSTANT, RISK_FREE, Array, daily_risk_free
+from lightning_modules.portfolio.market import CONSTANT, Array, daily_risk_free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class TopSharpe(_BestOfEachCluster):
 
     def _scores(self, labels: NDArray[np.int64], returns: Array, embedding: Array | None) -> Array:
         deviation = _deviation(returns)
-        excess = returns.mean(0) - daily_risk_free(RISK_FREE if self.risk_free is None else self.risk_free)
+        excess = returns.mean(0) - daily_risk_free(self.risk_free)
         return np.divide(excess, deviation, out=np.full_like(excess, -np.inf), where=deviation > 0)
 
 

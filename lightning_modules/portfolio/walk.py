@@ -231,15 +231,18 @@ def volatility_only(stocks: Market) -> Array:
     return stocks.filled_returns().std(0, ddof=1)[:, None]
 
 
+def _cluster_arm(name: str, frame: Frame, rules: Rules, represent: Represent, clusterer: Clusterer) -> Arm:
+    """A control that has clusters of its own under the model's rules."""
+    return walk(name, "clusters", frame, rules, cluster_strategy(frame, rules, represent, clusterer))
+
+
 def control_arms(frame: Frame, rules: Rules, clusterers: Sequence[Clusterer]) -> list[Arm]:
     """What the model is compared with: clusters by volatility alone and by sectors, weights without clusters, index."""
     arms = []
     for name, clusterer in names_of([clusterer for clusterer in clusterers if clusterer.reads_embedding]).items():
-        strategy = cluster_strategy(frame, rules, volatility_only, clusterer)
-        arms.append(walk(f"{VOLATILITY_ONLY}, {name}", "clusters", frame, rules, strategy))
+        arms.append(_cluster_arm(f"{VOLATILITY_ONLY}, {name}", frame, rules, volatility_only, clusterer))
     if (frame.market.sectors[frame.first_columns(rules)] >= 0).any():
-        strategy = cluster_strategy(frame, rules, no_representation, SectorClusters())
-        arms.append(walk("sectors", "clusters", frame, rules, strategy))
+        arms.append(_cluster_arm("sectors", frame, rules, no_representation, SectorClusters()))
     n_train_days = frame.train[1] - frame.train[0]
     allocations: dict[str, Weighting] = {
         "1/N": EqualWeight(),
@@ -260,12 +263,8 @@ def permuted_arms(frame: Frame, rules: Rules, plan: Plan, seeds: Iterable[int]) 
     """The clusters of a plan, stocks exchanged by lot at each refit, under the same rules; one arm a seed."""
     labels = [np.empty(0, np.int64) if each.labels is None else each.labels for each in plan.decisions]
     return [
-        walk(
-            f"permuted clusters {seed}",
-            "clusters",
-            frame,
-            rules,
-            cluster_strategy(frame, rules, no_representation, PermutedClusters(labels=labels, seed=seed)),
+        _cluster_arm(
+            f"permuted clusters {seed}", frame, rules, no_representation, PermutedClusters(labels=labels, seed=seed)
         )
         for seed in seeds
     ]
@@ -274,12 +273,8 @@ def permuted_arms(frame: Frame, rules: Rules, plan: Plan, seeds: Iterable[int]) 
 def random_arms(frame: Frame, rules: Rules, n_clusters: int, seeds: Iterable[int]) -> list[Arm]:
     """Clusters of about equal sizes by lot under the same rules, one arm a seed."""
     return [
-        walk(
-            f"random clusters {seed}",
-            "clusters",
-            frame,
-            rules,
-            cluster_strategy(frame, rules, no_representation, RandomClusters(n_clusters=n_clusters, seed=seed)),
+        _cluster_arm(
+            f"random clusters {seed}", frame, rules, no_representation, RandomClusters(n_clusters=n_clusters, seed=seed)
         )
         for seed in seeds
     ]
