@@ -158,11 +158,13 @@ class ConcealedAttacker(LightningModule):
         self.keep_iterates = keep_iterates
         self.classifier_optimizer, self.discriminator_optimizer = classifier_optimizer, discriminator_optimizer
         self.classifier_scheduler, self.discriminator_scheduler = classifier_scheduler, discriminator_scheduler
-        self.classifier: nn.Module = classifier(**facts) if victim is None else load_victim(**victim)
-        if victim is not None:
-            found = check_logits(self.classifier, torch.randn(2, n_steps, n_channels))
-            if found != n_classes:
-                raise ValueError(f"the victim tells {found} classes apart, the data has {n_classes}")
+        self.classifier: nn.Module = classifier(**facts) if victim is None else self._loaded(victim, "the victim")
+        self._surrogate_names = [plan.name for plan in attacks if plan.surrogate is not None]
+        self.surrogates = nn.ModuleList(
+            self._loaded(plan.surrogate, f"the surrogate of attack {plan.name!r}")
+            for plan in attacks
+            if plan.surrogate is not None
+        )
         # Copy 0 is the discriminator; copies 1..n_folds were trained without one fold each.
         self.copies = nn.ModuleList(
             nn.ModuleList(self._seeded(plan, copy) for copy in range(1 + n_folds)) for plan in self.plans
@@ -180,6 +182,21 @@ class ConcealedAttacker(LightningModule):
         self._best_classifier: tuple[float, dict[str, Tensor]] | None = None
         # What the end of a fit finds: tensors, numbers, strings.
         self.found: dict[str, Any] | None = None
+
+    def _loaded(self, arguments: dict[str, Any], role: str) -> nn.Module:
+        """A classifier from elsewhere, of as many classes as the data has."""
+        try:
+            network = load_victim(**arguments)
+            found = check_logits(network, torch.randn(2, self.facts["n_steps"], self.facts["n_channels"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{role}: {error}") from error
+        if found != self.n_classes:
+            raise ValueError(f"{role} tells {found} classes apart, the data has {self.n_classes}")
+        return network
+
+    def surrogate(self, name: str) -> nn.Module | None:
+        """What stands for the classifier in an attack, by its name; None where nothing does."""
+        return dict(zip(self._surrogate_names, self.surrogates, strict=True)).get(name)
 
     def _seeded(self, plan: DiscriminatorPlan, copy: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -256,6 +273,10 @@ class ConcealedAttacker(LightningModule):
                 "attacks are chosen on validation series, there are none (data.init_args.validation_fraction)"
             )
         networks = {"classifier": self.classifier}
+        networks |= {
+            f"surrogate of {name!r}": network
+            for name, network in zip(self._surrogate_names, self.surrogates, strict=True)
+        }
         networks |= {f"discriminator {plan.name!r}": self._copies(number)[0] for number, plan in enumerate(self.plans)}
         for role, network in networks.items():
             if not takes_mask(network):  # else the splits need not be read yet
@@ -469,6 +490,7 @@ class ConcealedAttacker(LightningModule):
                 attacked,
                 clean,
                 n_classes=self.n_classes,
+                surrogate=self.surrogate(plan.name),
                 seed=_seed(),
                 max_rows=self.max_rows,
             )
@@ -563,6 +585,7 @@ class ConcealedAttacker(LightningModule):
             levels={name: [SeenLevel(**level) for level in levels] for name, levels in found["levels"].items()},
             class_names=self.class_names,
             saturation=found["saturation"],
+            surrogates=dict(zip(self._surrogate_names, self.surrogates, strict=True)),
             seed=_seed(),
             max_rows=self.max_rows,
         )
@@ -582,6 +605,7 @@ class ConcealedAttacker(LightningModule):
                 self.classifier,
                 attacked,
                 batch,
+                surrogate=self.surrogate(plan.name),
                 seed=_seed(),
                 max_rows=self.max_rows,
                 keep_iterates=self.keep_iterates,

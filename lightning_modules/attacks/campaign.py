@@ -94,6 +94,7 @@ def choose(
     clean: Series,
     *,
     n_classes: int,
+    surrogate: Network | None = None,
     seed: int = 0,
     max_rows: int = 4096,
 ) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def choose(
         detectors: The attacked ones.
         clean: Validation series.
         n_classes: K.
+        surrogate: Gives gradients and values in place of the victim, which only scores.
         seed: Of attacks that draw.
         max_rows: Series times configurations in memory at a time.
 
@@ -116,7 +118,9 @@ def choose(
     networks = [judge.network for judge in detectors]
     scales = None
     if plan.calibrate:
-        objective = plan.attack.objective.calibrated(classifier, networks, clean["series"], mask=clean["mask"])
+        objective = plan.attack.objective.calibrated(
+            classifier if surrogate is None else surrogate, networks, clean["series"], mask=clean["mask"]
+        )
         scale = objective.detector_scale
         scales = {
             "victim_scale": objective.victim_scale,
@@ -132,6 +136,7 @@ def choose(
         mask=clean["mask"],
         index=clean["index"],
         detectors=networks,
+        surrogate=surrogate,
         generator=seed,
         max_rows=max_rows,
     )
@@ -172,6 +177,7 @@ def run_chosen(
     detectors: Sequence[Network],
     series: Series,
     *,
+    surrogate: Network | None = None,
     seed: int = 0,
     max_rows: int = 4096,
     keep_iterates: bool = False,
@@ -190,6 +196,7 @@ def run_chosen(
         mask=series["mask"],
         index=index,
         detectors=detectors,
+        surrogate=surrogate,
         generator=seed,
         stop=choice["iteration"],
         keep_iterates=keep_iterates,
@@ -259,6 +266,7 @@ def judged(
     levels: Mapping[str, Sequence[SeenLevel]],
     class_names: tuple[str, ...],
     saturation: float,
+    surrogates: Mapping[str, Network] | None = None,
     seed: int,
     max_rows: int = 4096,
 ) -> AttackStudy:
@@ -275,10 +283,12 @@ def judged(
         levels: What :func:`seen_levels` gave for each trained discriminator, by name.
         class_names: K names.
         saturation: Median |logit| of the victim on clean validation series.
+        surrogates: By name of an attack, what gives its gradients and values in place of the victim.
         seed: Of the run.
         max_rows: Series in memory at a time.
     """
     clean, mask = series["series"], series["mask"]
+    surrogates = surrogates or {}
     records = [
         JudgeRecord(
             name=judge.name,
@@ -295,7 +305,16 @@ def judged(
     for plan in plans:
         choice = choices[plan.name]
         started = time.perf_counter()
-        result = run_chosen(plan, choice, classifier, detectors, series, seed=seed, max_rows=max_rows)
+        result = run_chosen(
+            plan,
+            choice,
+            classifier,
+            detectors,
+            series,
+            surrogate=surrogates.get(plan.name),
+            seed=seed,
+            max_rows=max_rows,
+        )
         if clean.is_cuda:
             torch.cuda.synchronize(clean.device)
         seconds = time.perf_counter() - started
@@ -320,6 +339,7 @@ def judged(
                 seconds=seconds,
                 restart=choice.get("restart", 0),
                 configurations=tuple(_grid(plan)),
+                transferred=plan.name in surrogates,
             )
         )
     return AttackStudy(

@@ -308,11 +308,14 @@ class AttackPlan:
         alphas: Weights to choose from, 0 leaving the detectors out; empty keeps the objective's own.
         calibrate: Whether the objective divides logits by their median absolute clean value on validation.
         n_restarts: Draws of noise for every configuration, the seeds of the grid; validation chooses among them too.
+        surrogate: Arguments of :func:`lightning_modules.attacks.load_victim` for a classifier that gives gradients and
+            values in place of the attacked one: black-box transfer. The attacked one only scores, on validation too.
 
     Raises:
         ValueError: If an axis has no place in the attack, holds a value twice, a step or radius that is not above 0 or
             an alpha below 0; a step or a radius is nowhere given; there is no restart, or several of an attack that
-            draws no noise; the attack aims at classes, keeps its best iterate or couples the series of a batch.
+            draws no noise; the attack aims at classes, keeps its best iterate or couples the series of a batch; a
+            surrogate is given to an objective without a classifier.
     """
 
     def __init__(
@@ -326,6 +329,7 @@ class AttackPlan:
         alphas: Sequence[float] = (),
         calibrate: bool = False,
         n_restarts: int = 1,
+        surrogate: dict[str, Any] | None = None,
     ) -> None:
         for axis, values in (("steps", steps), ("radii", radii)):
             if any(not 0 < value < math.inf for value in values):
@@ -344,6 +348,9 @@ class AttackPlan:
                 f"attack {name!r} must be untargeted, keep its last iterate and not couple the series of a batch: the "
                 "iterate is chosen by number, for all series alike"
             )
+        if surrogate is not None and not attack.objective.attacks_classifier:
+            kind = type(attack.objective).__name__
+            raise ValueError(f"surrogate of attack {name!r}: {kind} reads no classifier that it could stand for")
         if attack.stepper.step_from_radius and steps:
             kind = type(attack.stepper).__name__
             raise ValueError(f"steps of attack {name!r}: {kind} takes its step from the radius, give radii")
@@ -354,4 +361,4 @@ class AttackPlan:
         grid_points(steps=steps, radii=radii, alphas=alphas)  # refuses what occurs twice
         self.name, self.family, self.attack, self.calibrate = name, family, attack, calibrate
         self.steps, self.radii, self.alphas = tuple(steps), tuple(radii), tuple(alphas)
-        self.n_restarts = n_restarts
+        self.n_restarts, self.surrogate = n_restarts, surrogate

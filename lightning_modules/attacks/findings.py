@@ -318,6 +318,7 @@ def _attack(study: AttackStudy, attack: ChosenAttack, panel: Sequence[JudgeRecor
     return {
         "family": attack.family,
         "concealed": attack.concealed,
+        "transferred": attack.transferred,
         "baseline": None if baseline is None else baseline.name,
         "chosen": {name: getattr(attack, name) for name in ("step", "radius", "alpha", "iteration", "restart")},
         "n_steps": len(attack.logits) - 1,
@@ -351,7 +352,8 @@ def findings(study: AttackStudy, *, n_resamples: int = 2000, level: float = 0.95
         training attack and strength on validation and the mean of the vanilla ones, whether it is valid, and at each
         rate the conformal threshold (None if not resolvable) with the realised false alarms and the shares between
         which they lie by chance, beta-binomial, all thresholds together with probability ``level``. Shares are lists:
-        share, low, high (Clopper-Pearson), hits, trials. ``attacks``: by name the chosen configuration, the area under
+        share, low, high (Clopper-Pearson), hits, trials. ``attacks``: by name the chosen configuration, whether a
+        surrogate gave its gradients, the area under
         the front of what could be chosen, EFF, accuracy, F1, ROC-AUC and average precision of the victim (one-vs-rest,
         macro, for K > 2), accuracy and success on initially correct series, fooling rate, norms and the DTW distance in
         a band (means over series), roughness ratio, steps to flip up to the chosen iterate (0: by a random start),

@@ -81,6 +81,7 @@ class ChosenAttack:
         seconds: Time of the attack on the test series.
         restart: Chosen draw of noise.
         configurations: The G configurations that validation chose from; empty where they are not known.
+        transferred: Whether a surrogate gave gradients and values, and the victim only scored.
     """
 
     name: str
@@ -102,6 +103,7 @@ class ChosenAttack:
     seconds: float
     restart: int = 0
     configurations: tuple[GridPoint, ...] = ()
+    transferred: bool = False
 
     @property
     def candidates(self) -> tuple[Tensor, Tensor]:

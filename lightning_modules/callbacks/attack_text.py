@@ -446,6 +446,8 @@ def _costs(found: Findings) -> list[str]:
         chosen = {words: f"{value:g}" for words, value in attack["chosen"].items() if value is not None}
         chosen["iteration"] += f" of {attack['n_steps']}"
         settings = ", ".join(f"{words} {value}" for words, value in chosen.items())
+        if attack["transferred"]:
+            settings += ", gradients of a surrogate"
         flips = attack["steps_to_flip"]
         flipped = f", half of the flips by step {flips['median']:g}" if flips["median"] is not None else ""
         line = (

@@ -103,6 +103,31 @@ def test_wrong_settings_end_in_one_line(seqlit, config, tmp_path, overrides, mes
     assert not list(tmp_path.glob("runs/**/*.ckpt"))
 
 
+@pytest.mark.parametrize(
+    ("surrogate", "message"),
+    [
+        ({"program": "none.pt2", "trusted": True}, ": there is no file none.pt2"),
+        (
+            {
+                "class_path": "lightning_modules.networks.ResCNN",
+                "init_args": {"n_channels": 1, "n_classes": 3, "n_steps": 150},
+            },
+            " tells 3 classes apart, the data has 2",
+        ),
+    ],
+)
+def test_a_surrogate_is_declared_with_its_attack(seqlit, config, surrogate, message):
+    pytest.importorskip("sktime", reason="GunPoint is bundled with sktime: seqlit[timeseries]")
+    path = config()
+    settings = yaml.safe_load(path.read_text())
+    attack = settings["model"]["init_args"]["attacks"][0]["init_args"]
+    attack["surrogate"] = surrogate
+    path.write_text(yaml.safe_dump(settings))
+    status, _, err = seqlit("fit", "--config", path)
+    assert status == 2
+    assert f"the surrogate of attack '{attack['name']}'{message}" in one_line(err)
+
+
 def test_a_held_out_judge_like_an_attacked_one_is_refused(seqlit, config):
     pytest.importorskip("sktime", reason="GunPoint is bundled with sktime: seqlit[timeseries]")
     path = config()

@@ -710,6 +710,64 @@ def test_the_best_classifier_is_attacked(folder):
         assert torch.equal(value, best[name]), name
 
 
+class FirstHalf(torch.nn.Module):
+    """A classifier whose gradient is zero in the second half of a series, and the same everywhere in the first."""
+
+    def __init__(self, n_classes=2):
+        super().__init__()
+        self.n_logits = 1 if n_classes == 2 else n_classes
+
+    def forward(self, series):
+        return 100 * series[:, :20].mean(1).expand(-1, self.n_logits)  # linear: its scale moves no sign
+
+
+def transfer(**surrogate):
+    sum_reg = Attack(SumReg(), SignStep(0.1), n_steps=2)
+    plan = {"family": "ifgsm", "attack": Attack(Vanilla(), SignStep(0.1), n_steps=2), "n_restarts": 1}
+    loaded = {"class_path": f"{__name__}.FirstHalf", "init_args": surrogate}
+    return [
+        AttackPlan(name="ifgsm", **plan),
+        AttackPlan(name="transfer", **plan | {"surrogate": loaded}),
+        AttackPlan(name="hidden", **plan | {"attack": sum_reg, "calibrate": True, "surrogate": loaded}),
+    ]
+
+
+def test_a_surrogate_gives_the_gradients_and_the_classifier_the_scores(folder, tmp_path):
+    module, data, *_ = fitted(folder, attacks=transfer(), n_folds=0, fitted_judges=False)
+    # calibrated on the classifier whose margin is climbed: median |logit| of the surrogate, not of the victim
+    clean = data.arrays("validation")["series"]
+    median = (100 * clean[:, :20, 0].mean(1)).abs().double().quantile(0.5)
+    assert module.found["chosen"]["hidden"]["scales"]["victim_scale"] == pytest.approx(float(median), rel=1e-4)
+    series = next(iter(data.test_dataloader()))
+    study = module.test_step(series, 0)
+    own, moved, _ = study.attacks
+    assert not own.transferred
+    assert moved.transferred
+    still = moved.x_adv[:, 20:] == study.series[:, 20:]
+    assert bool(still.all())
+    assert not bool((own.x_adv[:, 20:] == study.series[:, 20:]).all())
+    size = 0.1 * moved.iteration
+    torch.testing.assert_close((moved.x_adv - study.series)[:, :20].abs(), torch.full((60, 20, 1), size))
+    called = module(moved.x_adv)
+    torch.testing.assert_close(moved.logits[moved.iteration], called.detach(), rtol=1e-4, atol=1e-5)
+    predicted = module.predict_step(series, 0)  # of the last attack, whose detector reads all of a series
+    assert torch.equal(predicted.x_adv, study.attacks[2].x_adv)
+    told = findings(study, n_resamples=20)["attacks"]
+    assert [attack["transferred"] for attack in told.values()] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "message"),
+    [
+        ({"n_classes": 3}, "the surrogate of attack 'transfer' tells 3 classes apart, the data has 2"),
+        ({"wrong": 1}, "the surrogate of attack 'transfer': .*does not take init_args"),
+    ],
+)
+def test_a_surrogate_must_suit_the_data(surrogate, message):
+    with pytest.raises(ValueError, match=message):
+        attacker(attacks=transfer(**surrogate))
+
+
 class Unmasked(torch.nn.Module):
     """A victim that takes no mask."""
 

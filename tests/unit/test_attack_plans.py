@@ -14,6 +14,7 @@ from lightning_modules.attacks import (
     APGD,
     AdamStep,
     Attack,
+    DiscOnly,
     Linf,
     Momentum,
     NeighReg,
@@ -150,6 +151,11 @@ def test_concealed_is_what_is_more_than_the_classifiers_loss(clean, objective, a
     study = judged([plan], zero, Linear(1), [judge.network], [(judge, "attacked")], {}, clean, **facts)
     assert study.attacks[0].concealed is concealed
     assert [point.alpha for point in study.attacks[0].configurations] == (alphas or [None])
+
+
+def test_a_surrogate_needs_an_objective_that_reads_a_classifier():
+    with pytest.raises(ValueError, match="surrogate of attack 'a': DiscOnly reads no classifier"):
+        plan_of(Attack(DiscOnly(), SignStep(0.1)), surrogate={"class_path": "torch.nn.Identity"})
 
 
 def test_a_weight_of_zero_may_be_chosen_from_and_equals_vanilla(clean):
