@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from datamodules.sources.cells import some
 from datamodules.sources.columns import Columns, as_integer
 from datamodules.sources.first_bytes import check_first_bytes, check_header
+from datamodules.sources.row_wise import SAMPLED_ROWS, reads_other_rows
 
 Step = dict[str, str | int]
 
@@ -143,6 +144,12 @@ def _check_condition(file: _File, text: str, condition: pl.Expr) -> None:
         raise ValueError(f"{file.path}: where: {text!r} cannot be computed: {str(error).splitlines()[0]}") from error
     if outcome.dtype != pl.Boolean or len(outcome):
         raise ValueError(f"where: {text!r} must be true or false for each row, it gives {outcome.dtype}")
+    with _reading([file.path]):
+        sample = (
+            file.rows.select(sorted(set(condition.meta.root_names()))).head(SAMPLED_ROWS).collect(engine="streaming")
+        )
+    if reads_other_rows(sample, condition):
+        raise ValueError(f"{file.path}: where: {text!r} must be computed row by row, it changes with other rows")
 
 
 def _open(path: Path, columns: Columns, needed: list[str]) -> _File:

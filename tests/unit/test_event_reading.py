@@ -200,6 +200,17 @@ BAD = {
     "no condition": ({}, {"where": ("amount + 1",)}, "where: 'amount + 1' must be true or false for each row"),
     "no SQL": ({}, {"where": ("amount >",)}, "where: 'amount >' is no SQL expression"),
     "aggregate": ({}, {"derived": (("d", "MAX(amount)"),), "numbers": ("d",)}, "it gives one value for all rows"),
+    "window": (
+        {},
+        {"derived": (("d", "LEAD(amount) OVER (ORDER BY time)"),), "numbers": ("d",)},
+        "must be computed row by row, it changes with other rows",
+    ),
+    "mean of all": (
+        {},
+        {"derived": (("d", "amount - AVG(amount)"),), "numbers": ("d",)},
+        "must be computed row by row",
+    ),
+    "condition on all": ({}, {"where": ("amount >= AVG(amount)",)}, "'amount >= AVG(amount)' must be computed row by"),
     "two folds": (
         {"user": ["1", "1"], "fold": ["train", "test"]},
         {"fold": "fold"},

@@ -359,6 +359,7 @@ def test_folder_other_suffix_and_unknown_bundle(tmp_path):
         ("SELECT 1", "is not an SQL condition"),
         ("rating", "must be true or false for each row"),
         ("sum(rating) > 3", "must be true or false for each row"),
+        ("rating > avg(rating)", "must be computed row by row, it changes with other rows"),
         ("rating > 'a'", "cannot be computed"),
         ("ratng > 3", "nearest: rating"),
     ],
