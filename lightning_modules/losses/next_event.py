@@ -6,13 +6,14 @@ once context is joined to it. Source: specification of arXiv 2502.10205, section
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.collectives import share
+from lightning_modules.networks.event_encoders import UNKNOWN
 from lightning_modules.networks.series_network import require_at_least_one
 
 
@@ -80,7 +81,9 @@ class NextEvent(EventObjective):
 
         loss = w_c mean_f CE_f + w_m mean_m MSE_m,    CE_f and MSE_m means over the steps that have a next event
 
-    Weights are divided by their sum; of a kind of feature that the data lack the weight is 0. Amounts are predicted as
+    Weights are divided by their sum; of a kind of feature that the data lack the weight is 0. In evaluation an unknown
+    id (1) is no target where training had none: nobody learned to predict that class, and its loss would grow with
+    every epoch, so that the epoch of least loss would be an early one. Amounts are predicted as
     they are in the batch: the signed logarithm of the publication is a transform of the data.
 
     Args:
@@ -92,6 +95,9 @@ class NextEvent(EventObjective):
             one. Published 100; ``None`` keeps all.
         at: When the context of a step is looked up: ``"event"`` at its own event, as published, or ``"target"`` at the
             time of the event to be predicted. In both the user's own state is that after its own event.
+
+    Attributes:
+        met_unknown: ``(F,) bool`` buffer, whether a forward pass in training had an unknown id as a target.
 
     Raises:
         ValueError: If weights are negative or none is left for the data's features, or ``max_classes`` is below 2.
@@ -126,6 +132,8 @@ class NextEvent(EventObjective):
         self.at = at
         self.class_heads = nn.ModuleList(nn.Linear(d, min(n_ids, max_classes or n_ids)) for n_ids in vocabulary_sizes)
         self.numeric_head = nn.Linear(d, n_numeric) if n_numeric else None
+        self.met_unknown: Tensor
+        self.register_buffer("met_unknown", torch.zeros(len(vocabulary_sizes), dtype=torch.bool))
 
     def query_times(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Times ``(B, L) int64`` at which context is looked up, by ``at``, and the steps ``(B, L) bool`` that count."""
@@ -144,11 +152,23 @@ class NextEvent(EventObjective):
         loss = states.new_zeros(())
         if self.weights[0]:
             ids = batch["categorical"][:, 1:][targets]  # (N, F)
+            if self.training:
+                self.met_unknown |= (ids == UNKNOWN).any(0)
             for feature, head in enumerate(self.class_heads):
                 logits = head(states)
                 classes = ids[:, feature].clamp(max=logits.shape[1] - 1)
-                loss = loss + self.weights[0] * F.cross_entropy(logits, classes) / len(self.class_heads)
+                ignored = self._no_target(feature)
+                if self.training or bool((classes != ignored).any()):  # a mean over nothing is NaN
+                    mean = F.cross_entropy(logits, classes, ignore_index=ignored)
+                    loss = loss + self.weights[0] * mean / len(self.class_heads)
         if self.weights[1] and self.numeric_head is not None:
             numeric = batch["numeric"][:, 1:][targets]
             loss = loss + self.weights[1] * F.mse_loss(self.numeric_head(states), numeric.to(states.dtype))
         return self.weighted(loss, len(states))
+
+    def _no_target(self, feature: int) -> int:
+        return UNKNOWN if not self.training and not self.met_unknown[feature] else -100
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        state_dict.setdefault(f"{prefix}met_unknown", torch.ones_like(self.met_unknown))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -162,6 +162,30 @@ def test_next_event_is_the_weighted_mean_over_steps(weights, max_classes, n_cate
     assert [head.out_features for head in objective.class_heads] == [min(n, max_classes or n) for n in vocabularies]
 
 
+def test_an_unknown_category_is_a_target_only_where_training_had_one():
+    batch = batch_of()
+    assert bool((batch["categorical"] == 1).any())
+    known = batch | {"categorical": batch["categorical"].clamp(min=2)}
+    h, objective = states_of(batch), NextEvent(**FACTS, weights=(1, 0)).double().requires_grad_(False)
+    objective(h, known)  # training
+    objective.eval()
+    assert not bool(objective.met_unknown.any())
+    targets = (batch["mask"][:, 1:] & batch["mask"][:, :-1]).unsqueeze(-1) & (batch["categorical"][:, 1:] != 1)
+    expected = 0.0
+    for feature, head in enumerate(objective.class_heads):
+        kept = targets[..., feature]
+        logits = head(h[:, :-1][kept])
+        expected += torch.nn.functional.cross_entropy(logits, batch["categorical"][:, 1:, feature][kept]).item() / 2
+    torch.testing.assert_close(float(objective(h, batch)), expected, **EXACT)
+    nothing = batch | {"categorical": torch.ones_like(batch["categorical"])}
+    assert float(objective(h, nothing)) == 0.0, "no target is left"
+    objective.train()
+    in_training = float(objective(h, batch))
+    assert bool(objective.met_unknown.all())
+    objective.eval()
+    torch.testing.assert_close(float(objective(h, batch)), in_training, **EXACT)
+
+
 def test_context_of_a_step_is_looked_up_at_its_event_or_at_the_next_one():
     batch = batch_of([3, 1, 2])
     times = batch["times"].tolist()
