@@ -155,6 +155,14 @@ class EventLog:
         distinct, keys = self._keys
         return np.searchsorted(keys, users * (len(distinct) + 1) + np.searchsorted(distinct, times, side="right"))
 
+    def happened(self, users: Ints, times: Ints) -> Ints:
+        """``(Q,)`` flat row one past the user's last event that has happened by t.
+
+        An event stamped t happens until the next tick of the clock: on a log of dates it comes after t, and a horizon
+        begins with it; where nothing finer than a microsecond is known it is at t itself, neither before nor after.
+        """
+        return self.before(users, times) if self.tick > 1 else self.through(users, times)
+
     def folds(self, users: Ints, times: Ints, until: Ints, *, disjoint_users: bool) -> NDArray[np.int8]:
         """Fold of each query, -1 where it belongs to none.
 

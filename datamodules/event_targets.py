@@ -4,7 +4,8 @@ A query (u, t) knows the user's own events with time < t. A horizon of h days as
 exactly t is in neither: at t it is not yet known, and a label that counted it would be about the present.
 
 An event stamped t may have happened at any moment until the next tick of the log's clock (``EventLog.tick``): on a log
-of dates, at any hour of the day. Rules that follow an event therefore ask at that next tick, when whatever carries the
+of dates, at any hour of the day. There an event stamped t comes after t, and a horizon is [t, t + h): h whole days,
+the one that begins at t the first of them. Rules that follow an event therefore ask at that next tick, when whatever carries the
 same stamp has happened. Moments that the user sets, by a delay or date, are taken as they are: one inside a tick sees
 all of it. With ``reference_mode`` rules ask one microsecond after the event: the release asks at the event and includes
 ties, and included at the next tick would be what happens then.
@@ -292,7 +293,7 @@ class EventTarget(ABC):
 
 
 class HorizonTarget(EventTarget):
-    """About (t, t + days].
+    """About (t, t + days], on a log of dates [t, t + days).
 
     Args:
         rule: When it is asked.
@@ -326,11 +327,11 @@ class NoEventWithin(HorizonTarget):
 
     def labels(self, log: EventLog, users: Ints, times: Ints, train: NDArray[np.bool_]) -> tuple[Ints, int]:
         """1 without an event in (t, t + days]."""
-        return (log.through(users, times + self.horizon(log)) == log.through(users, times)).astype(np.int64), 2
+        return (log.happened(users, times + self.horizon(log)) == log.happened(users, times)).astype(np.int64), 2
 
 
 class EventWithin(HorizonTarget):
-    """1 if an event of certain values happens in (t, t + days]; users with one at or before t are decided, not asked.
+    """1 if an event of certain values happens in (t, t + days]; users with one by t are decided, not asked.
 
     Args:
         rule: When it is asked.
@@ -360,7 +361,7 @@ class EventWithin(HorizonTarget):
         return f"{self.column} {' or '.join(self.values)} within {self.days:g} days"
 
     def labels(self, log: EventLog, users: Ints, times: Ints, train: NDArray[np.bool_]) -> tuple[Ints, int]:
-        """1 with such an event in (t, t + days], -1 with one at or before t."""
+        """1 with such an event in (t, t + days], -1 with one by t."""
         names = log.names[self.column]
         for value in self.values:
             if value not in names:
@@ -368,8 +369,8 @@ class EventWithin(HorizonTarget):
                 raise ValueError(f"column {self.column!r} has no value {value!r}, {_nearest(near, names)}")
         wanted = np.isin(log.codes[self.column], [names.index(value) for value in self.values])
         total = np.concatenate([[0], np.cumsum(wanted)])
-        now = total[log.through(users, times)]
-        later = total[log.through(users, times + self.horizon(log))] > now
+        now = total[log.happened(users, times)]
+        later = total[log.happened(users, times + self.horizon(log))] > now
         return np.where(now > total[log.offsets[users]], -1, later), 2
 
 
@@ -407,7 +408,7 @@ class AmountAbove(HorizonTarget):
 
     def labels(self, log: EventLog, users: Ints, times: Ints, train: NDArray[np.bool_]) -> tuple[Ints, int]:
         """1 above the threshold; without train queries there is none, and no labels."""
-        starts, stops = log.through(users, times), log.through(users, times + self.horizon(log))
+        starts, stops = log.happened(users, times), log.happened(users, times + self.horizon(log))
         amounts = np.nan_to_num(log.numbers[self.column])
         # Sums of each window by itself: a difference of running sums would leave rounding of the whole file in it.
         edges = np.stack([starts, stops], axis=1).ravel()

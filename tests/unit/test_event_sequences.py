@@ -332,7 +332,7 @@ def test_report_facts_are_plain(module):
 
 def test_warnings_reach_the_logger_and_the_report(module, tmp_path, events, caplog):
     # Who does nothing in the three days after May 1 has had all amounts set to 0 by whoever wrote the file.
-    after = pl.col("time").is_between(datetime.datetime(2020, 5, 1), datetime.datetime(2020, 5, 4), closed="right")
+    after = pl.col("time").is_between(datetime.datetime(2020, 5, 1), datetime.datetime(2020, 5, 4), closed="left")
     path = tmp_path / "leak.parquet"
     events.with_columns(amount=pl.when(after.any().over("user")).then("amount").otherwise(0.0)).write_parquet(path)
     targets = {"gone": NoEventWithin(CalendarDates(dates=["2020-05-01"]), 3)}

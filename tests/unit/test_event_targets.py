@@ -65,11 +65,32 @@ LONG = [(0, "a", 0.0), (100, "a", 0.0)]
 
 
 def test_events_at_exactly_t_are_in_neither_the_history_nor_the_label():
-    log = log_of([[(1, "a", 1), (5, "b", 1)], [(1, "a", 1), (5, "b", 1), (7, "c", 1)], [(5, "b", 1)], LONG])
+    sequences = [[(1, "a", 1), (5, "b", 1)], [(1, "a", 1), (5, "b", 1), (7, "c", 1)], [(5, "b", 1)], LONG]
+    log = log_of(sequences, clock=1)
     found = asked(NoEventWithin(CalendarDates(dates=dates(5)), days=2).queries(log))
     # user 2 has no event before day 5; the event at t + 2 days itself counts
     assert found == {(0, 5.0): 1, (1, 5.0): 0, (3, 5.0): 1}
     assert asked(NoEventWithin(CalendarDates(dates=dates(5)), days=1.999).queries(log))[(1, 5.0)] == 1
+
+
+def test_on_a_log_of_dates_the_day_that_begins_at_t_is_the_first_of_the_horizon():
+    sequences = [
+        [(1, "a", 1.0), (5, "b", 3.0)],  # on the day of the query
+        [(1, "a", 1.0), (7, "b", 3.0)],  # the third day: beyond two
+        [(1, "a", 1.0), (6, "c", 5.0)],
+        LONG,
+    ]
+    log, rule = log_of(sequences), CalendarDates(dates=dates(5))
+    assert log.tick == DAY
+    assert asked(NoEventWithin(rule, days=2).queries(log)) == {(0, 5.0): 0, (1, 5.0): 1, (2, 5.0): 0, (3, 5.0): 1}
+    found = asked(EventWithin(rule, 2, "kind", ["b"]).queries(log))
+    assert found == {(0, 5.0): 1, (1, 5.0): 0, (2, 5.0): 0, (3, 5.0): 0}, "asked although it is decided that day"
+    found = asked(AmountAbove(rule, 2, "amount", quantile=0.5).queries(log))  # sums 3, 0, 5, 0
+    assert found == {(0, 5.0): 1, (1, 5.0): 0, (2, 5.0): 1, (3, 5.0): 0}
+    # inside of the day its stamp lies before t: known, and not in the horizon
+    noon = CalendarDates(dates=dates(5.5))
+    assert asked(NoEventWithin(noon, days=0.4).queries(log))[(0, 5.5)] == 1
+    assert log.before(np.array([0]), np.array([START + 5.5 * DAY], dtype=np.int64)).tolist() == [2]
 
 
 def test_users_decided_at_or_before_t_are_not_asked():
@@ -80,7 +101,7 @@ def test_users_decided_at_or_before_t_are_not_asked():
         [(1, "a", 1), (8, "c", 1)],
         LONG,
     ]
-    found = asked(EventWithin(CalendarDates(dates=dates(5)), 5, "kind", ["b"]).queries(log_of(sequences)))
+    found = asked(EventWithin(CalendarDates(dates=dates(5)), 5, "kind", ["b"]).queries(log_of(sequences, clock=1)))
     assert found == {(2, 5.0): 1, (3, 5.0): 0, (4, 5.0): 0}
 
 
