@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     VALIDATION_USER = 2
     EPOCH_ORDER = 3
     SLOT = 4
+    CONTEXT_USER = 5
 
 
 def mix(words: ArrayLike) -> Words:

@@ -12,6 +12,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from datamodules.array_cache import CacheFolder, content_digests, open_or_build
+from datamodules.counter_hash import Purpose, chain
 from datamodules.epoch_sampler import EpochLoader, place_among, single_batch_loader
 from datamodules.event_batches import (
     EventTrainingSequences,
@@ -433,8 +434,14 @@ class EventSequencesDataModule(LightningDataModule):
         log, settings, folder = self._events_log(), self._settings, self._folder()
         context = np.arange(log.n_users) if log.by_time else np.flatnonzero(log.user_folds == 0)
         first = settings.categorical[0]
+        events = flat_events(folder, keep)
+        if log.by_time:
+            # By the user alone: whom a context draws must not depend on who comes later.
+            draws = chain(0, Purpose.CONTEXT_USER, log.user_words).astype(np.float64) / 2.0**64
+            there = log.before(np.arange(log.n_users), np.full(log.n_users, log.validation_start)) > log.offsets[:-1]
+            events["draws"] = torch.from_numpy(np.where(there, -1.0, draws))
         return {
-            "events": flat_events(folder, keep),
+            "events": events,
             "user_ids": folder.ids("user_ids").to_list(),
             "queries": {name: query_tensors(queries, folds) for name, queries in self._asked().items()},
             "context_users": torch.from_numpy(context),

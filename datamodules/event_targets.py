@@ -5,10 +5,10 @@ exactly t is in neither: at t it is not yet known, and a label that counted it w
 
 An event stamped t may have happened at any moment until the next tick of the log's clock (``EventLog.tick``): on a log
 of dates, at any hour of the day. There an event stamped t comes after t, and a horizon is [t, t + h): h whole days,
-the one that begins at t the first of them. Rules that follow an event therefore ask at that next tick, when whatever carries the
-same stamp has happened. Moments that the user sets, by a delay or date, are taken as they are: one inside a tick sees
-all of it. With ``reference_mode`` rules ask one microsecond after the event: the release asks at the event and includes
-ties, and included at the next tick would be what happens then.
+the one that begins at t the first of them. Rules that follow an event therefore ask at that next tick, when whatever
+carries the same stamp has happened. Moments that the user sets, by a delay or date, are taken as they are: one inside a
+tick sees all of it. With ``reference_mode`` rules ask one microsecond after the event: the release asks at the event
+and includes ties, and included at the next tick would be what happens then.
 
 A query rule must not be a function of the label. "Just before the deciding event" is one: it tells that something is
 decided next. Such rules, and labels that look at the end of a history, exist for reproduction alone

@@ -135,10 +135,13 @@ def check_labels(
 ) -> list[dict[str, Any]]:
     """One row for each feature, and three for the time of the query: since the first event, its date, since the last.
 
-    Scores are the last value before t of each numeric feature, whether it is missing, whether it is 0; for a
-    categorical one the rate of the class at that value among every second user, smoothed by the overall rate, judged
-    on the other users. With several classes each of the most frequent ones is set against the rest, and the worst
-    counts. Ages are quartiles of t minus the time of the event that the value comes from.
+    Scores are the last value before t of each numeric feature, whether it is missing, whether it is 0; the value of the
+    user's first event and the last one that is not missing; whether any value before t is missing, or 0. For a
+    categorical feature they are the rate of the class at its last and at its first value among every second user,
+    smoothed by the overall rate, judged on the other users, and whether the last or any value is missing. With several
+    classes each of the most frequent ones is set against the rest, and the worst counts. Ages are quartiles of t minus
+    the time of the event that a value comes from, the last one where it comes from many. What an event neither first
+    nor last says, unless it is 0 or missing, is not looked at.
 
     Args:
         log: The events.
@@ -147,17 +150,17 @@ def check_labels(
         numeric: Numeric features.
 
     Returns:
-        Rows with ``feature``, ``what`` (value, missing, zero; delay, date, recency), ``auc``, ``auc_by_age`` (four,
+        Rows with ``feature``, ``what`` (value, missing, zero, first value, last known value, ever missing, ever zero;
+        delay, date, recency), ``auc``, ``auc_by_age`` (four,
         youngest first; None where there are too few users), and ``worst``, the largest of them.
     """
     users, times, labels = queries["users"], queries["times"], queries["labels"]
     if not len(users):
         return []
-    row = log.before(users, times) - 1
+    first, row = log.offsets[users], log.before(users, times) - 1
     age = times - log.times[row]
-    # Quartiles of ranks would tear ties apart: equal ages are one bin.
-    quartile = np.searchsorted(np.quantile(age, [0.25, 0.5, 0.75]), age, side="left")
-    delay = (times - log.times[log.offsets[users]]).astype(np.float64)
+    quartile, of_first = _quartiles(age), _quartiles(times - log.times[first])
+    delay = (times - log.times[first]).astype(np.float64)
     classes, counts = np.unique(labels, return_counts=True)
     frequent = classes[np.argsort(-counts, kind="stable")][:_MOST_CLASSES]
     chosen = [1] if queries["n_classes"] == 2 else frequent.tolist()
@@ -168,20 +171,34 @@ def check_labels(
         for what, score in of_the_query.items()
     ]
     for name in numeric:
-        value = log.numbers[name][row]
-        missing = np.isnan(value)
-        filled = np.where(missing, -np.inf, value)
-        scores = {"value": filled, "missing": missing.astype(np.float64), "zero": (value == 0).astype(np.float64)}
-        rows += [_row(name, what, [score], labels, users, chosen, quartile) for what, score in scores.items()]
+        column = log.numbers[name]
+        missing, zero = np.isnan(column), column == 0
+        filled = np.where(missing, -np.inf, column)
+        known = np.maximum(_last_where(~missing)[row], first)  # the first event, missing too, where nothing is known
+        scores = {
+            "value": (filled[row], quartile),
+            "missing": (missing[row], quartile),
+            "zero": (zero[row], quartile),
+            "first value": (filled[first], of_first),
+            "last known value": (filled[known], _quartiles(times - log.times[known])),
+            "ever missing": (_any_of(missing, first, row), quartile),
+            "ever zero": (_any_of(zero, first, row), quartile),
+        }
+        rows += [
+            _row(name, what, [score.astype(np.float64)], labels, users, chosen, bins)
+            for what, (score, bins) in scores.items()
+        ]
     fitted = users % 2 == 0
     for name in categorical:
-        code = log.codes[name][row]
-        rates = [_rates(code, labels == label, fitted, len(log.names[name])) for label in chosen]
-        judged = [rate[code[~fitted]] for rate in rates]
-        rows.append(_row(name, "value", judged, labels[~fitted], users[~fitted], chosen, quartile[~fitted]))
+        for what, at, bins in (("value", row, quartile), ("first value", first, of_first)):
+            code = log.codes[name][at]
+            rates = [_rates(code, labels == label, fitted, len(log.names[name])) for label in chosen]
+            judged = [rate[code[~fitted]] for rate in rates]
+            rows.append(_row(name, what, judged, labels[~fitted], users[~fitted], chosen, bins[~fitted]))
         if MISSING in log.names[name]:
-            missing = (code == log.names[name].index(MISSING)).astype(np.float64)
-            rows.append(_row(name, "missing", [missing], labels, users, chosen, quartile))
+            missing = log.codes[name] == log.names[name].index(MISSING)
+            for what, found in (("missing", missing[row]), ("ever missing", _any_of(missing, first, row))):
+                rows.append(_row(name, what, [found.astype(np.float64)], labels, users, chosen, quartile))
     return rows
 
 
@@ -193,6 +210,22 @@ def warnings_of(target: str, rows: list[dict[str, Any]]) -> list[str]:
         for row in rows
         if row["worst"] is not None and row["worst"] > SUSPICIOUS
     ]
+
+
+def _quartiles(age: Ints) -> Ints:
+    """Bin 0..3 of each age: quartiles of ranks would tear ties apart, equal ages are one bin."""
+    return np.searchsorted(np.quantile(age, [0.25, 0.5, 0.75]), age, side="left")
+
+
+def _last_where(known: Bools) -> Ints:
+    """``(E,)`` the last row up to each one where ``known``, -1 where there is none."""
+    return np.maximum.accumulate(np.where(known, np.arange(len(known)), -1))
+
+
+def _any_of(marked: Bools, first: Ints, last: Ints) -> Bools:
+    """``(Q,)`` whether any of the rows ``first..last`` is marked."""
+    total = np.concatenate([[0], np.cumsum(marked)])
+    return np.asarray(total[last + 1] > total[first])
 
 
 def _rates(code: NDArray[np.int32], positive: Bools, fitted: Bools, n_names: int) -> Array:

@@ -81,7 +81,8 @@ class APGD(Stepper):
             nonlocal step, last_x, best_x, best_climb, best, value_before, checked_best, rises, halved, k
             nonlocal last_checkpoint
             climb, value = evaluation.climb, evaluation.value
-            rises = rises + (value > value_before)
+            if k:  # the clean series rose from nowhere
+                rises = rises + (value > value_before)
             value_before = value
             better = value > best
             best = torch.where(better, value, best)
@@ -92,10 +93,9 @@ class APGD(Stepper):
                 halve = stalled | (~halved & (checked_best == best))
                 step = torch.where(halve[:, None, None], step / 2, step)
                 here, climb = choose(halve, best_x, here), choose(halve, best_climb, climb)
-                before = choose(halve, best_x, before)
                 halved, checked_best, rises, last_checkpoint = halve, best, torch.zeros_like(rises), k
             ahead = run.confine(here + step * self._move(climb))
-            last_x = x
+            last_x = here  # the best point takes the place of the iterate, for the next move too
             k += 1
             return run.confine(here + share * (ahead - here) + (1 - share) * (here - before)), None
 

@@ -104,7 +104,10 @@ def not_run(target: dict[str, Any]) -> list[str]:
     aggregators = list(dict.fromkeys(arm.source for arm in arms if arm.is_context))
     shuffled = {arm.source for arm in arms if arm.is_shuffled}
     unshuffled = [name for name in aggregators if name not in shuffled]
-    return missing + ([f"context at shuffled moments of {', '.join(unshuffled)}"] if unshuffled else [])
+    moments = (
+        f"context at shuffled moments of {', '.join(unshuffled)} (not asked for, or most queries share one moment)"
+    )
+    return missing + ([moments] if unshuffled else [])
 
 
 def report(found: Findings) -> list[str]:
@@ -188,8 +191,14 @@ def _data(found: Findings) -> list[str]:
         said.append("No label checks were made.")
     if facts.get("warnings"):
         said.append("\n".join(["**Warnings:**", "", *(f"- {line}" for line in facts["warnings"])]))
-    elif checks:
+    elif any(row["worst"] is not None for rows in checks.values() for row in rows):
         said.append("No single feature was warned of.")
+    unseen = [name for name, rows in checks.items() if all(row["worst"] is None for row in rows)]
+    if unseen:
+        said.append(
+            f"**Not looked at: {', '.join(unseen)}.** Too few users of the rarer class for an AUC: a feature may tell "
+            "the label there and not be warned of."
+        )
     said.append(f"The absence of leaks cannot be proved. {facts.get('note', '')}".strip())
     return [line for paragraph in said for line in (paragraph, "")][:-1]
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from lightning_modules.context.visible import Context
 
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it modulo 1 are far from each other."""
+
 
 def sample_context_users(users: Tensor, n: int | None, seed: int) -> Tensor:
     """``n`` distinct users of ``users (U',) int64`` in rising order, all of them if ``n`` is None or not below U'.
@@ -30,6 +33,31 @@ def sample_context_users(users: Tensor, n: int | None, seed: int) -> Tensor:
     # on the CPU, so that the draw is the same on every device
     drawn = torch.randperm(len(users), generator=torch.Generator().manual_seed(seed))[:n]
     return distinct[drawn.sort().values.to(distinct.device)]
+
+
+def drawn_context_users(users: Tensor, n: int | None, seed: int, draws: Tensor | None) -> Tensor:
+    """As :func:`sample_context_users`, but whom it draws does not depend on users who come later.
+
+    ``n`` are drawn of those who were there when training ended; who comes later joins at the same rate, each by a
+    number of its own. A draw of ``n`` among all users would move with everybody who joins after a query.
+
+    Args:
+        users: Rows of users, each once.
+        n: At least 1, or None for all.
+        seed: Of both draws.
+        draws: ``(U,) float64`` for all users, -1 for those who were there, a number in [0, 1) for the others; None is
+            nobody later.
+    """
+    if draws is None or n is None:
+        return sample_context_users(users, n, seed)
+    later = draws.to(users.device)[users]
+    known = users[later < 0]
+    if not len(known):
+        return sample_context_users(users, n, seed)
+    chosen = sample_context_users(known, n, seed)
+    turned = (later + seed * GOLDEN) % 1  # another seed lets others in
+    joining = users[(later >= 0) & (turned < len(chosen) / len(known))]
+    return torch.cat([chosen, joining]).sort().values
 
 
 def last_before(times: Tensor, first: Tensor, stop: Tensor, moments: Tensor, *, inclusive: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_modules.context.visible import Events
 
-PER_USER = ("offsets", "groups")
+PER_USER = ("offsets", "groups", "draws")
 MICROSECONDS_PER_HOUR = 3_600_000_000
 
 
@@ -123,7 +123,7 @@ def only_users(events: Events, users: Tensor) -> Events:
     kept = keep(events, wanted[users_of_rows(events)])
     starts = kept["offsets"]
     few = kept | {"offsets": torch.cat([starts[users], starts[-1:]])}
-    return few | ({"groups": events["groups"][users]} if "groups" in events else {})
+    return few | {name: events[name][users] for name in PER_USER[1:] if name in events}
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.context.aggregators import Aggregator, AggregatorFactory, Mean
-from lightning_modules.context.bank import ContextBank, own_states, sample_context_users
+from lightning_modules.context.as_of import drawn_context_users
+from lightning_modules.context.bank import ContextBank, own_states
 from lightning_modules.context.combination import CombinationFactory, Concat
 from lightning_modules.context.controls import arm_names
 from lightning_modules.context.positive_features import LinearKernel
@@ -33,7 +34,8 @@ class ContextRules:
     """What counts as context at a moment (spec 3.2).
 
     Attributes:
-        n_users: Users in the context, drawn once by ``seed``; None takes all.
+        n_users: Users in the context, drawn once by ``seed``; None takes all. Split by time they are drawn of those who
+            were there when training ended, and users who come later join at the same rate.
         ties: ``"strict"``: events at the very moment of the query are not seen; ``"inclusive"``: they are.
         include_self: Whether a user is context of itself.
         exclude_group: Whether users of the query's own group are left out.
@@ -314,7 +316,7 @@ class EnrichedEncoder(nn.Module):
         bank = ContextBank.build(
             states,
             events,
-            sample_context_users(context_users, rules.n_users, rules.seed),
+            drawn_context_users(context_users, rules.n_users, rules.seed, events.get("draws")),
             min_prefix=rules.min_prefix,
             stop=stop,
             ties=rules.ties,

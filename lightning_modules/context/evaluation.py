@@ -38,6 +38,10 @@ from lightning_modules.networks import EventEncoder, encode_table
 
 FOLDS = ("train", "validation", "test")
 
+LEAST_MOVED = 0.5
+"""Share of the train and of the test queries that must meet another moment than their own for a shuffled arm to be one:
+where all are asked at one date its context is that of the arm that it is to control, which nothing could beat."""
+
 SAMPLE_OF_EMBEDDINGS = 2000
 """Queries in the map of the report."""
 
@@ -49,7 +53,8 @@ class Evaluation:
     Attributes:
         probe: Of targets that ``probes`` does not name; by default logistic regression.
         probes: By target.
-        shuffled: Aggregators whose context is also read at shuffled moments; None for all.
+        shuffled: Aggregators whose context is also read at shuffled moments; None for all. Of a target whose queries
+            mostly share one moment it is none.
         gaussian: Whether noise with the mean and covariance of the first aggregator's context at train queries is an
             arm.
         constant: Whether the mean of these contexts, one vector for all queries, is an arm.
@@ -264,6 +269,8 @@ def _features(
     shuffled = shuffled_times(times, fold, seed)
     names = model.aggregators
     also_shuffled = names if evaluation.shuffled is None else evaluation.shuffled
+    if min(float((shuffled != times)[fold == one].double().mean()) for one in (0, 2)) < LEAST_MOVED:
+        also_shuffled = []
     own = {name: encoded.own(name, users, times) for name in ["own", *(names if model.tune else [])]}
     calendar, n_events, recency = own_dates(events, own["own"], users, times, int(times[fold == 0].min()))
     calendar = torch.cat([calendar, calendar_basis(times, time_knots(times[fold == 0]))], 1)

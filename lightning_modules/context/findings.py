@@ -100,8 +100,8 @@ def findings(
         Plain values. ``targets`` by name: ``arms`` by name with every measure (value, low, high), ``outcome_dependent``
         and for context arms ``gains`` over own, own + time and shuffled arms (by control and measure: value, low, high)
         and ``judged``: ``control``, ``gain``, ``standard_error``, ``p``, ``adjusted_p``, ``adjusted_interval``,
-        ``helps`` (None where a control is missing); ``chosen`` on validation; ``helps``; ``verdict``;
-        ``n_positives``, queries outside the commonest class; ``n_rarest``, those of the rarest class, and
+        ``helps`` (None where it beats what there is and a control is missing); ``chosen`` on validation; ``helps``;
+        ``verdict``; ``n_positives``, queries outside the commonest class; ``n_rarest``, those of the rarest class, and
         ``underpowered``, whether they are too few; ``smallest_detectable``, 1.96 standard errors of the judged gain of
         the chosen arm; ``by_history`` and ``by_recency``, gains of the chosen arm in quartiles. ``attention``, ``bank``
         and the settings.
@@ -124,7 +124,8 @@ def findings(
         reach = norm.isf(error_rate / 2) * one["standard_error"]
         one["adjusted_p"] = p
         one["adjusted_interval"] = Interval(one["gain"], one["gain"] - reach, one["gain"] + reach)
-        one["helps"] = None if one["missing"] else bool(rejected and one["gain"] > 0)
+        beats = bool(rejected and one["gain"] > 0)
+        one["helps"] = None if beats and one["missing"] else beats  # one control that it does not beat is enough for no
     for found in targets.values():
         answers = [arm["judged"]["helps"] for arm in found["arms"].values() if arm["judged"]]
         found["helps"] = True if any(answers) else None if None in answers or not answers else False
@@ -264,7 +265,7 @@ def _verdict(found: Mapping[str, Any], measure: Measure) -> str:
     if not np.isfinite(judged["standard_error"]):
         return f"not judged: {WORDS[measure]} of {found['n_positives']} positives among {found['n_queries']} queries."
     amount, beyond = _amount(judged["adjusted_interval"], measure), _beyond(judged["control"])
-    if judged["missing"]:
+    if judged["helps"] is None:
         text = f"not judged: without {', '.join(judged['missing'])} context cannot be told from its controls"
     elif helping:
         text = f"context helps: {shown} adds {amount} beyond {beyond}"

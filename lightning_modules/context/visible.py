@@ -21,7 +21,8 @@ GATHERED_BYTES = 2**20
 
 Events = dict[str, Tensor]
 """Flat events: ``categorical (E, F) int64``, ``numeric (E, M) float32``, ``times (E,) int64`` microseconds, not
-decreasing within a user, ``offsets (U + 1,) int64``, and where users are grouped ``groups (U,) int64``, -1 for none."""
+decreasing within a user, ``offsets (U + 1,) int64``, and where users are grouped ``groups (U,) int64``, -1 for none;
+split by time ``draws (U,) float64``, -1 for users who were there when training ended, a number in [0, 1) for others."""
 
 Queries = dict[str, Any]
 """Queries of a target: ``users (Q,)``, ``times (Q,)``, ``labels (Q,) int64``, ``fold (Q,) int8`` (0 train, 1

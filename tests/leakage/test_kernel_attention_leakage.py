@@ -199,7 +199,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def fitted(folder, paths=None, **settings):
+def fitted(folder, paths=None, context=None, **settings):
     data = EventSequencesDataModule(
         paths=paths or str(folder / "events.parquet"),
         user_column="user",
@@ -216,6 +216,7 @@ def fitted(folder, paths=None, **settings):
         **{name: getattr(data, name) for name in ("vocabulary_sizes", "n_numeric", "median_gap")},
         aggregators={"mean": Mean, "kernel": KernelAttention},
         tune_encoder=True,
+        **({} if context is None else {"context": context}),
     )
     read = Read()
     trainer = Trainer(
@@ -261,6 +262,52 @@ def test_a_fit_does_not_depend_by_a_bit_on_events_of_the_test(folder, tmp_path):
         assert torch.equal(value, other.state_dict()[name]), name
     for name, bank in module.contexts.banks.items():
         assert torch.equal(bank.states, other.contexts.banks[name].states)
+
+
+def test_whom_a_context_draws_does_not_depend_on_who_comes_later(folder, tmp_path):
+    """Fits, and embeddings of the same queries, of a file with users who come after T1 and T2 and of one cut off there.
+
+    The names of later users lie before and between those of others, so that all are numbered anew.
+    """
+    events = pl.read_parquet(folder / "events.parquet")
+    time = pl.col("time")
+    t1, cut = (pl.lit(text).str.to_datetime() for text in ("2020-02-01", "2020-02-25"))
+    number = pl.col("user").str.slice(1).cast(pl.Int64)
+    there = events.with_columns(pl.col("user") + " first")
+    after_t1 = events.filter((number % 2 == 0) & (time >= t1)).with_columns(pl.col("user") + " after T1")
+    after_cut = events.filter((number % 3 == 0) & (time >= cut)).with_columns(pl.col("user") + " after all")
+    whole = pl.concat([there, after_t1, after_cut])
+    found = []
+    for name, table in (("whole", whole), ("cut", whole.filter(time < cut))):
+        path = tmp_path / f"{name}.parquet"
+        table.write_parquet(path)
+        module, data, _ = fitted(folder, paths=str(path), context=ContextRules(n_users=12, seed=3), **BY_TIME)
+        full = data.test_dataloader().dataset[0]
+        bank = module.model.bank(module.model.encode(full["events"]), full["events"], full["context_users"])
+        drawn = [full["user_ids"][user] for user in bank.context_users.tolist()]
+        asked, ids = full["queries"]["silent"], full["user_ids"]
+        embedded = module.eval().represent(
+            full["events"], asked["users"], asked["times"], context_users=full["context_users"]
+        )
+        names = [(ids[user], time) for user, time in zip(asked["users"].tolist(), asked["times"].tolist(), strict=True)]
+        found.append((module, drawn, dict(zip(names, embedded, strict=True))))
+    (one, drawn, embedded), (other, fewer, again) = found
+    known = set(whole.filter(time < t1)["user"].to_list())
+    assert sum(user in known for user in drawn) == 12
+    later = [user for user in drawn if user.endswith("after T1")]
+    assert 0 < len(later) < N_USERS // 2, "who joins after T1 is drawn at the same rate"
+    assert [user for user in drawn if user in fewer] == fewer
+    seen_by_cut = set(whole.filter(time < cut)["user"].to_list())
+    assert not (set(drawn) - set(fewer)) & seen_by_cut
+    # other users in a batch of the encoder round the last digits of float32 otherwise; another draw moves the first
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], **close)
+    common = [name for name in again if name in embedded]
+    assert len(common) > 50
+    assert max(time for _, time in common) > T2
+    for name in common:
+        torch.testing.assert_close(embedded[name], again[name], **close)
 
 
 def test_under_a_user_split_no_test_user_is_trained_on_or_in_the_validation(folder):

@@ -741,6 +741,57 @@ def test_searches_never_go_down_and_universal_steps_are_shared(series):
     torch.testing.assert_close(delta, delta[:1].expand_as(delta), rtol=0, atol=1e-6)  # float32 rounding of x + delta
 
 
+def written_out_apgd(victim, x0, y, radius, n_steps):
+    """Algorithm 1 of arXiv 2003.01690 for one series: its iterates, and how often the step was halved."""
+
+    def value_and_sign(x):
+        x = x.clone().requires_grad_()
+        value = ((1 - 2 * y) * victim(x)[:, 0]).sum()
+        (slope,) = torch.autograd.grad(value, x)
+        return value.item(), slope.sign()
+
+    def project(x):
+        return x0 + (x - x0).clamp(-radius, radius)
+
+    checkpoints, step, n_halved = APGD.checkpoints(n_steps), 2 * radius, 0
+    before, here = x0, x0
+    best, best_x, iterates, values = -float("inf"), x0, [], []
+    last_checkpoint, best_then, step_then = 0, None, None
+    for k in range(n_steps + 1):
+        value, sign = value_and_sign(here)
+        iterates.append(here)
+        values.append(value)
+        if value > best:
+            best, best_x, best_sign = value, here, sign
+        if k in checkpoints:
+            window = range(last_checkpoint, k)
+            few_rises = sum(values[i + 1] > values[i] for i in window) < 0.75 * len(window)
+            if few_rises or (best_then == best and step_then == step):
+                here, sign, n_halved = best_x, best_sign, n_halved + 1
+                step_then, step = step, step / 2
+            else:
+                step_then = step
+            last_checkpoint, best_then = k, best
+        share = 0.75 if k else 1.0
+        ahead = project(here + step * sign)
+        before, here = here, project(here + share * (ahead - here) + (1 - share) * (here - before))
+    return iterates, n_halved
+
+
+@pytest.mark.parametrize("n_steps", [12, 30, 60])
+def test_apgd_is_the_published_algorithm(series, n_steps):
+    x, y = series[0].double(), series[1]
+    victim, radius = Net(seed=2).double().eval(), 0.8
+    attack = Attack(Vanilla(), APGD(), projection=Linf(radius), n_steps=n_steps, keep="best")
+    found = attack(victim, x, y, keep_iterates=True)
+    n_halved = 0
+    for row in range(len(x)):
+        expected, halved = written_out_apgd(victim, x[row : row + 1], y[row : row + 1], radius, n_steps)
+        n_halved += halved
+        torch.testing.assert_close(found.iterates[:, row], torch.cat(expected), rtol=0, atol=1e-12)
+    assert n_halved >= 2 * len(x), "checkpoints must bite"
+
+
 def test_apgd_beats_or_equals_pgd_on_a_curved_victim(series):
     x, y = series
     kept = {"projection": Linf(0.3), "n_steps": 30, "keep": "best"}

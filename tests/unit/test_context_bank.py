@@ -3,7 +3,7 @@ import io
 import pytest
 import torch
 
-from lightning_modules.context.as_of import last_before
+from lightning_modules.context.as_of import drawn_context_users, last_before
 from lightning_modules.context.bank import ContextBank, own_states, sample_context_users
 from lightning_modules.context.rules import Visibility
 from lightning_modules.context.visible import FOREVER, MICROSECONDS_PER_DAY, Context
@@ -294,3 +294,24 @@ def test_the_next_user_may_begin_earlier_whoever_has_no_events():
 
 def test_rules_are_plain_values():
     assert Visibility(**Visibility(lag=3, max_context=2).plain()) == Visibility(lag=3, max_context=2)
+
+
+def test_those_who_come_later_are_drawn_at_the_same_rate_and_move_nobody():
+    draws = torch.cat(
+        [torch.full((1000,), -1.0), torch.rand(1000, generator=torch.Generator().manual_seed(0))]
+    ).double()
+    everybody = torch.arange(2000)
+    found = drawn_context_users(everybody, 250, 7, draws)
+    assert torch.equal(found[found < 1000], sample_context_users(torch.arange(1000), 250, 7))
+    later = found[found >= 1000]
+    # binomial(1000, 1/4), s.d. 14: 4 of them
+    assert abs(len(later) - 250) < 56
+    fewer = drawn_context_users(torch.arange(1500), 250, 7, draws)
+    assert torch.equal(fewer, found[found < 1500])
+    other = drawn_context_users(everybody, 250, 8, draws)
+    assert not torch.equal(other[other >= 1000], later), "another seed lets others in"
+    assert torch.equal(drawn_context_users(everybody, None, 7, draws), everybody)
+    assert torch.equal(drawn_context_users(everybody, 1000, 7, draws), everybody), "all who were there: all who come"
+    assert torch.equal(drawn_context_users(everybody, 250, 7, None), sample_context_users(everybody, 250, 7))
+    newcomers = torch.arange(1000, 1100)
+    assert len(drawn_context_users(newcomers, 10, 7, draws)) == 10

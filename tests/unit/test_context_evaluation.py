@@ -158,6 +158,17 @@ def test_arms_that_are_not_wanted_are_left_out(batch):
     assert list(study.targets[0].test) == names
 
 
+@pytest.mark.parametrize("fold", [0, 2])
+def test_of_queries_at_one_moment_nothing_is_shuffled(batch, fold):
+    """The shuffled context would be the context itself: a control that nothing could beat."""
+    model, local = enriched({"mean": Mean}), batch["queries"]["local"]
+    times = torch.where(local["fold"] == fold, local["times"].max(), local["times"])
+    queries = batch["queries"] | {"local": local | {"times": times}}
+    study, _ = study_of(model, batch | {"queries": queries}, gaussian=False, constant=False)
+    assert list(study.targets[0].test) == ["own", "own+time", "mean", "mean+time"]
+    assert "shuffled:mean" in study.targets[1].test, "of other queries it is"
+
+
 def test_a_target_may_have_its_own_probe(batch):
     model, special = enriched({"mean": Mean}), Recorded()
     evaluation = Evaluation(probe=LinearProbe(n_epochs=1), probes={"next_type": special})

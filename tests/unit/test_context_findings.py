@@ -161,6 +161,17 @@ def test_without_its_controls_nothing_is_said_to_help():
     assert one["verdict"].startswith("not judged: without shuffled:kernel, shuffled+time:kernel")
 
 
+def test_one_control_that_is_not_beaten_is_enough_to_say_no():
+    labels, test = strong_and_weak()
+    left = {arm: test[arm] for arm in ("own", "own+time", "kernel")}
+    one = findings(ContextStudy(targets=(target(labels, left),), split="users"), n_resamples=50)["targets"]["churn"]
+    judged = one["arms"]["kernel"]["judged"]
+    assert judged["missing"] == ["shuffled:kernel", "shuffled+time:kernel"]
+    assert judged["helps"] is False
+    assert one["helps"] is False
+    assert not one["verdict"].startswith("not judged")
+
+
 def test_holm_runs_over_all_targets():
     labels, test = strong_and_weak()
     noise, _ = strong_and_weak(seed=1)

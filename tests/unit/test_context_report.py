@@ -131,7 +131,8 @@ def test_controls_that_were_not_run_are_named():
     said = next(line for line in report(few) if line.startswith("Controls that were not run"))
     assert said == (
         "Controls that were not run: time features; Gaussian noise in place of context; one constant context vector; "
-        "the parameter-matched encoder; context at shuffled moments of kernel."
+        "the parameter-matched encoder; context at shuffled moments of kernel (not asked for, or most queries share "
+        "one moment)."
     )
 
 
@@ -178,7 +179,13 @@ def test_what_the_data_module_found_is_told_and_no_proof_is_claimed():
     assert "**Warnings:**\n\n- f0.97 tells the label" in told
     assert "The absence of leaks cannot be proved. A low AUC is no proof." in told
     assert "No label checks" not in told
-    assert "No single feature was warned of." in text(found | {"data": facts | {"warnings": []}})
+    quiet = text(found | {"data": facts | {"warnings": []}})
+    assert "No single feature was warned of." in quiet
+    assert "Not looked at" not in quiet
+    unseen = {"label_checks": {"rare": [checks(None)], "often": [checks(0.6)]}, "warnings": []}
+    assert "**Not looked at: rare.** Too few users of the rarer class" in text(found | {"data": unseen})
+    nothing = text(found | {"data": {"label_checks": {"rare": [checks(None)]}, "warnings": []}})
+    assert "No single feature was warned of." not in nothing
 
 
 def test_the_context_is_told():

@@ -326,8 +326,14 @@ def test_clean_data_is_not_warned_of():
         ("amount", "value"),
         ("amount", "missing"),
         ("amount", "zero"),
+        ("amount", "first value"),
+        ("amount", "last known value"),
+        ("amount", "ever missing"),
+        ("amount", "ever zero"),
         ("kind", "value"),
+        ("kind", "first value"),
         ("kind", "missing"),
+        ("kind", "ever missing"),
     ]
     assert all(0.5 <= row["auc"] < 0.7 for row in rows)
 
@@ -338,6 +344,52 @@ def test_a_feature_that_is_overwritten_after_the_outcome_is_warned_of():
     assert any("'churn': value of 'amount' tells the label" in line for line in lines)
     assert any("'churn': zero of 'amount' tells the label" in line for line in lines)
     assert not any("'kind'" in line or "time of the query" in line for line in lines)
+
+
+@pytest.mark.parametrize("leak", ["zero", "missing", "value", "kind"])
+def test_a_leak_in_an_earlier_event_is_warned_of(leak):
+    """As in logs of processes: the first event says how the case will end, the last one before the query does not."""
+    rng = np.random.default_rng(5)
+    label = rng.random(300) < 0.3
+    told = {"zero": 0.0, "missing": np.nan, "value": 50.0}
+    sequences = []
+    for one in label:
+        amounts = rng.normal(10, 1, 3)
+        kinds = ["a", "b", "b"]
+        if one and leak in told:
+            amounts[0 if leak == "value" else 1] = told[leak]
+        if one and leak == "kind":
+            kinds[0] = "c"
+        amounts[2] = np.nan if leak == "value" else amounts[2]
+        sequences.append([(float(d), kind, float(a)) for d, kind, a in zip((0, 1, 2), kinds, amounts, strict=True)])
+    log = log_of(sequences)
+    queries = {"users": np.arange(300), "times": np.full(300, START + 10 * DAY), "labels": label.astype(np.int64)}
+    rows = check_labels(log, queries | {"n_classes": 2}, ["kind"], ["amount"])
+    telling = {(row["feature"], row["what"]) for row in rows if row["worst"] is not None and row["worst"] > 0.99}
+    assert (
+        telling
+        == {
+            "zero": {("amount", "ever zero")},
+            "missing": {("amount", "ever missing")},
+            "value": {("amount", "first value")},
+            "kind": {("kind", "first value")},
+        }[leak]
+    )
+    assert len(warnings_of("x", rows)) == len(telling)
+
+
+def test_the_last_known_value_skips_what_is_missing():
+    rng = np.random.default_rng(6)
+    label = rng.random(200) < 0.5
+    sequences = [[(0, "a", 1.0), (1, "a", 5.0 + one), (2, "a", np.nan)] for one in label]
+    queries = {"users": np.arange(200), "times": np.full(200, START + 10 * DAY), "labels": label.astype(np.int64)}
+    rows = check_labels(log_of(sequences), queries | {"n_classes": 2}, [], ["amount"])
+    found = {row["what"]: row["auc"] for row in rows if row["feature"] == "amount"}
+    assert found["last known value"] == 1.0
+    assert {what for what, auc in found.items() if auc != 0.5} == {"last known value"}
+    nothing = log_of([[(0, "a", np.nan), (1, "a", np.nan)] for _ in label])
+    rows = check_labels(nothing, queries | {"n_classes": 2}, [], ["amount"])
+    assert all(row["auc"] == 0.5 for row in rows if row["feature"] == "amount")
 
 
 def test_a_query_time_that_depends_on_the_outcome_is_warned_of():
