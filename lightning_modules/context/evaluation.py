@@ -38,7 +38,7 @@ from lightning_modules.networks import EventEncoder, encode_table
 
 FOLDS = ("train", "validation", "test")
 
-LEAST_MOVED = 0.5
+LEAST_MOVED = 0.1
 """Share of the train and of the test queries that must meet another moment than their own for a shuffled arm to be one:
 where all are asked at one date its context is that of the arm that it is to control, which nothing could beat."""
 

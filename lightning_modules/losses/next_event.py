@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.collectives import share
+from lightning_modules.collectives import share, sum_in_place
 from lightning_modules.networks.event_encoders import UNKNOWN
 from lightning_modules.networks.series_network import require_at_least_one
 
@@ -146,14 +146,14 @@ class NextEvent(EventObjective):
         """Loss of representations ``(B, L, D)``; 0 where no step has a next one."""
         counts = has_next(batch["mask"])
         states = representation[counts]  # (N, D)
-        targets = counts[:, :-1]
+        ids = batch["categorical"][:, 1:][counts[:, :-1]]  # (N, F)
+        if self.training:  # in any process: the best epoch is chosen by one of them
+            met = (ids == UNKNOWN).any(0).to(torch.int64)
+            self.met_unknown |= sum_in_place(met, met.device) > 0
         if not len(states):
             return self.weighted(states.sum(), 0)
         loss = states.new_zeros(())
         if self.weights[0]:
-            ids = batch["categorical"][:, 1:][targets]  # (N, F)
-            if self.training:
-                self.met_unknown |= (ids == UNKNOWN).any(0)
             for feature, head in enumerate(self.class_heads):
                 logits = head(states)
                 classes = ids[:, feature].clamp(max=logits.shape[1] - 1)
@@ -162,7 +162,7 @@ class NextEvent(EventObjective):
                     mean = F.cross_entropy(logits, classes, ignore_index=ignored)
                     loss = loss + self.weights[0] * mean / len(self.class_heads)
         if self.weights[1] and self.numeric_head is not None:
-            numeric = batch["numeric"][:, 1:][targets]
+            numeric = batch["numeric"][:, 1:][counts[:, :-1]]
             loss = loss + self.weights[1] * F.mse_loss(self.numeric_head(states), numeric.to(states.dtype))
         return self.weighted(loss, len(states))
 

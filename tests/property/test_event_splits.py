@@ -1,5 +1,7 @@
 """Splits and queries of events on random data with many ties, against loops over plain lists."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,18 +63,22 @@ EVERY_DAY = CalendarDates(every_days=1, first=str(np.datetime64(START, "us")))
 
 
 @SETTINGS
-@given(SEQUENCES, st.one_of(st.none(), LIMITS), HORIZONS)
-def test_queries_and_labels_equal_loops(sequences, limits, horizon):
-    log = log_of(sequences, limits)
+@given(SEQUENCES, st.one_of(st.none(), LIMITS), HORIZONS, st.sampled_from([1, DAY]))
+def test_queries_and_labels_equal_loops(sequences, limits, horizon, clock):
+    log = replace(log_of(sequences, limits), clock=clock)
     silent, decided = {}, {}
+
+    def happens(d, day):  # a date comes after its midnight: [day, day + horizon), else (day, day + horizon]
+        return day <= d < day + horizon if clock == DAY else day < d <= day + horizon
+
     for user, sequence in enumerate(sequences):
         for day in range(max(d for s in sequences for d, _ in s) + 1):
             fold = fold_by_loop(sequences, limits, user, day, day + horizon)
             if fold < 0 or not any(d < day for d, _ in sequence):
                 continue
-            silent[user, day] = (fold, int(not any(day < d <= day + horizon for d, _ in sequence)))
-            if not any(d <= day and kind == 1 for d, kind in sequence):
-                hit = any(day < d <= day + horizon and kind == 1 for d, kind in sequence)
+            silent[user, day] = (fold, int(not any(happens(d, day) for d, _ in sequence)))
+            if not any((d < day or (d == day and clock == 1)) and kind == 1 for d, kind in sequence):
+                hit = any(happens(d, day) and kind == 1 for d, kind in sequence)
                 decided[user, day] = (fold, int(hit))
     assert asked(NoEventWithin(EVERY_DAY, horizon).queries(log)) == silent
     if any(kind == 1 for s in sequences for _, kind in s):
