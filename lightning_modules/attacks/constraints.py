@@ -2,11 +2,14 @@
 
 B series, T steps, C channels. A constraint maps an iterate to one that meets it. The attack applies them in order
 after the projection and projects once more, so that the ball has the last word; :class:`ZNormManifold` is written to
-meet both. Padded steps never change: the attack sees to that by itself.
+meet both. Steps that :class:`Frozen` holds are no steps for the others, as padded ones, which never change. Where
+:class:`LowPass` is among them its subspace comes first, and ball and bounds shorten the perturbation as a whole. So all
+of them hold at once; what cannot is refused (:func:`refuse_together`).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +35,12 @@ class Ball:
             return x
         return self.x0 + self.projection.project(x - self.x0, self.radii)
 
+    def shorten(self, x: Tensor) -> Tensor:
+        """As :meth:`project`, but the perturbation keeps its direction in an linf ball too."""
+        if self.projection is None or self.radii is None:
+            return x
+        return self.x0 + self.projection.shorten(x - self.x0, self.radii)
+
     def holds(self, x: Tensor) -> Tensor:
         """``(B, 1, 1) bool``: inside or on the ball."""
         if self.projection is None or self.radii is None:
@@ -40,14 +49,34 @@ class Ball:
 
 
 class Constraint(ABC):
-    """A set of admissible series, and a map into it."""
+    """A set of admissible series, and a map into it.
+
+    Attributes:
+        is_subspace: Whether perturbations of the set are a subspace, with the orthogonal projection on it as the map.
+    """
+
+    is_subspace: ClassVar[bool] = False
+
+    def held(self, x0: Tensor) -> Tensor | None:
+        """``(T,) bool`` time steps that may not move, None for none."""
+        return None
 
     def check(self, x0: Tensor, mask: Tensor | None) -> None:  # noqa: B027 - most sets hold any clean series
         """Raise ``ValueError`` where the clean series ``(B, T, C)`` or their mask do not suit the set."""
 
     @abstractmethod
     def apply(self, x: Tensor, ball: Ball, mask: Tensor | None) -> Tensor:
-        """Map the iterate ``(B, T, C)`` into the set, not in place; ``ball.x0`` is the clean series."""
+        """Map the iterate ``(B, T, C)`` into the set, not in place.
+
+        Args:
+            x: The iterate.
+            ball: ``ball.x0`` is the clean series.
+            mask: ``(B, T) bool`` steps that may move, None for all.
+        """
+
+    def shorten(self, x: Tensor, ball: Ball, mask: Tensor | None) -> Tensor:
+        """As :meth:`apply`, where the perturbation must keep its direction, if the set allows it."""
+        return self.apply(x, ball, mask)
 
 
 class Bounds(Constraint):
@@ -78,6 +107,14 @@ class Bounds(Constraint):
         """Clamp the values."""
         return x.clamp(self.low, self.high)
 
+    def shorten(self, x: Tensor, ball: Ball, mask: Tensor | None) -> Tensor:
+        """Shorten the perturbation of a series until all its values fit."""
+        delta = x - ball.x0
+        room = torch.where(delta > 0, self.high - ball.x0, ball.x0 - self.low).clamp(min=0)
+        share = torch.where(delta.abs() > room, room / delta.abs(), 1.0).amin(dim=(1, 2), keepdim=True)
+        # the clamp is for the last digit alone, and for padding, which may lie outside
+        return torch.where(share < 1, (ball.x0 + share * delta).clamp(self.low, self.high), x)
+
 
 class Frozen(Constraint):
     """Segments of time whose values do not change.
@@ -101,19 +138,23 @@ class Frozen(Constraint):
             if stop > x0.shape[1]:
                 raise ValueError(f"frozen segment ({start}, {stop}) ends beyond the {x0.shape[1]} steps of the series")
 
+    def held(self, x0: Tensor) -> Tensor:
+        """The segments."""
+        held = torch.zeros(x0.shape[1], dtype=torch.bool, device=x0.device)
+        for start, stop in self.segments:
+            held[start:stop] = True
+        return held
+
     def apply(self, x: Tensor, ball: Ball, mask: Tensor | None) -> Tensor:
         """Put the clean values back."""
-        x = x.clone()
-        for start, stop in self.segments:
-            x[:, start:stop] = ball.x0[:, start:stop]
-        return x
+        return torch.where(self.held(x)[:, None], ball.x0, x)
 
 
 class LowPass(Constraint):
     """Perturbation without frequencies above a cut-off: an orthogonal projection on the lowest Fourier terms.
 
-    An l2 or l1 ball scales the perturbation and keeps it; the clamp of an linf ball comes after it and puts some high
-    frequencies back.
+    Balls and bounds shorten the perturbation and keep it so. Beside :class:`Frozen` it is the projection on those sums
+    of these terms that are 0 at the frozen steps; of the few terms of a low cut-off little may be left then.
 
     Args:
         cutoff: Highest frequency kept, in cycles a step, above 0 and below 0.5 (Nyquist).
@@ -122,10 +163,13 @@ class LowPass(Constraint):
         ValueError: If ``cutoff`` lies outside; at the attack, if series are padded, which would smear over their end.
     """
 
+    is_subspace = True
+
     def __init__(self, cutoff: float) -> None:
         if not 0 < cutoff < 0.5:
             raise ValueError(f"cutoff must lie strictly between 0 and 0.5 cycles a step, got {cutoff}")
         self.cutoff = cutoff
+        self._beside: tuple[Tensor, Tensor] | None = None
 
     def check(self, x0: Tensor, mask: Tensor | None) -> None:
         """Refuse padded series."""
@@ -134,10 +178,29 @@ class LowPass(Constraint):
 
     def apply(self, x: Tensor, ball: Ball, mask: Tensor | None) -> Tensor:
         """Drop the high frequencies of ``x - x0``."""
-        n_steps = x.shape[1]
-        spectrum = torch.fft.rfft(x - ball.x0, dim=1)
-        kept = torch.fft.rfftfreq(n_steps, device=x.device) <= self.cutoff
-        return ball.x0 + torch.fft.irfft(spectrum * kept[:, None], n=n_steps, dim=1)
+        delta = (x - ball.x0).to(torch.promote_types(x.dtype, torch.float32))  # no FFT in half precision on a CPU
+        if mask is None or bool(mask.all()):
+            low = self._filtered(delta)
+        else:
+            low = torch.einsum("st,btc->bsc", self._projector(mask[0]).to(delta), delta)
+        return ball.x0 + low.to(x.dtype)
+
+    def _filtered(self, delta: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(delta, dim=1)
+        kept = torch.fft.rfftfreq(delta.shape[1], device=delta.device) <= self.cutoff
+        return torch.fft.irfft(spectrum * kept[:, None], n=delta.shape[1], dim=1)
+
+    def _projector(self, moving: Tensor) -> Tensor:
+        """``(T, T) float64`` on low frequencies that are 0 where steps ``(T,)`` may not move; made once."""
+        if self._beside is None or not torch.equal(self._beside[0], moving):
+            every = torch.eye(len(moving), dtype=torch.float64, device=moving.device)[None]
+            values, terms = torch.linalg.eigh(self._filtered(every)[0])  # 1 for the terms that are kept, else 0
+            terms = terms[:, values > 0.5]
+            _, sizes, rows = torch.linalg.svd(terms[~moving], full_matrices=True)
+            # sums of terms that are 0 at the frozen steps, to a digit that putting clean values back there drops
+            free = terms @ rows[int((sizes > 1e-7).sum()) :].T
+            self._beside = moving, free @ free.T
+        return self._beside[1]
 
 
 class ZNormManifold(Constraint):
@@ -186,3 +249,18 @@ class ZNormManifold(Constraint):
             further = (low + 0.5**halving).clamp(max=1.0)
             low = torch.where(ball.holds(along(further)), further, low)
         return along(low)
+
+
+_APART = ((ZNormManifold, Bounds), (ZNormManifold, LowPass))
+
+
+def refuse_together(constraints: Sequence[Constraint]) -> None:
+    """Raise where of two constraints each undoes what the other did, so that the last one alone would hold.
+
+    Raises:
+        ValueError: If there are such two.
+    """
+    for pair in _APART:
+        if all(any(isinstance(one, kind) for one in constraints) for kind in pair):
+            first, second = (kind.__name__ for kind in pair)
+            raise ValueError(f"constraints {first} and {second} undo each other: give one of them")

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.attacks.constraints import Constraint
+from lightning_modules.attacks.constraints import Constraint, refuse_together
 from lightning_modules.attacks.frozen_networks import Network, frozen, pass_rows, taken_mask
 from lightning_modules.attacks.gradients import choose
 from lightning_modules.attacks.objectives import Objective
@@ -76,7 +76,8 @@ class Attack:
         objective: What is climbed.
         stepper: How.
         projection: Ball about the clean series; None leaves the perturbation free.
-        constraints: Applied in order after the projection, which then has the last word.
+        constraints: Applied in order after the projection, which then has the last word; all of them hold in the end,
+            see :mod:`lightning_modules.attacks.constraints`.
         n_steps: N, at least 1.
         targeted: Labels are the classes to reach; the classifier's loss changes sign.
         random_start: Begin at a random point of the ball.
@@ -84,7 +85,8 @@ class Attack:
             equal ones.
 
     Raises:
-        ValueError: If the parts do not fit: a stepper without the ball it needs, a random start without a ball.
+        ValueError: If the parts do not fit: a stepper without the ball it needs, a random start without a ball,
+            constraints that undo each other.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Attack:
             raise ValueError(f"{name} needs {kind}, got {projection and type(projection).__name__}")
         if random_start and projection is None:
             raise ValueError("random_start needs a projection to start inside of, got None")
+        refuse_together(constraints)
         self.objective, self.stepper, self.projection = objective, stepper, projection
         self.constraints = tuple(constraints)
         self.n_steps, self.targeted, self.random_start, self.keep = n_steps, targeted, random_start, keep

@@ -87,13 +87,34 @@ class Projection(ABC):
 
     def project(self, delta: Tensor, radii: Tensor) -> Tensor:
         """``delta * min(1, radius / ||delta||_p)``, ``(B, T, C)``."""
+        return self.shorten(delta, radii)
+
+    def shorten(self, delta: Tensor, radii: Tensor) -> Tensor:
+        """``delta * min(1, radius / ||delta||_p)``, which stays in every subspace that ``delta`` lies in."""
         norm = self.norm(delta)
         # multiplied only where it is outside, so that a perturbation inside stays as it is to the last bit
         return torch.where(norm > radii, delta * (radii / norm), delta)
 
+    def _scaled(self, direction: Tensor, radii: Tensor, noise: SeriesNoise, steps: Tensor | None) -> Tensor:
+        """``radius * u^(1/n)`` times a direction, in the n dimensions of the positions that may move."""
+        n: Tensor | int = direction[0].numel()
+        if steps is not None:
+            direction = direction * steps[..., None]
+            n = (steps.sum(dim=1) * direction.shape[2]).clamp(min=1).reshape(-1, 1, 1)
+        tiny = torch.finfo(direction.dtype).tiny  # nothing may move
+        return direction / self.norm(direction).clamp(min=tiny) * radii * noise.uniform(1, 1) ** (1 / n)
+
     @abstractmethod
-    def sample(self, x: Tensor, radii: Tensor, noise: SeriesNoise) -> Tensor:
-        """A perturbation uniform in the ball, ``(B, T, C)``."""
+    def sample(self, x: Tensor, radii: Tensor, noise: SeriesNoise, steps: Tensor | None = None) -> Tensor:
+        """A perturbation uniform in the ball, ``(B, T, C)``.
+
+        Args:
+            x: ``(B, T, C) float`` clean series.
+            radii: ``(B, 1, 1)``.
+            noise: Of each series.
+            steps: ``(B, T) bool`` that may move, None for all: the ball is that of their positions alone, and the draw
+                does not depend on how far a series is padded.
+        """
 
 
 class Linf(Projection):
@@ -105,8 +126,8 @@ class Linf(Projection):
         """``clamp(delta, -radius, radius)``, ``(B, T, C)``."""
         return delta.clamp(min=-radii, max=radii)
 
-    def sample(self, x: Tensor, radii: Tensor, noise: SeriesNoise) -> Tensor:
-        """Uniform in the cube."""
+    def sample(self, x: Tensor, radii: Tensor, noise: SeriesNoise, steps: Tensor | None = None) -> Tensor:
+        """Uniform in the cube; what may not move is put back by the attack."""
         return (2 * noise.uniform(*x.shape[1:]) - 1) * radii
 
 
@@ -115,10 +136,9 @@ class L2(Projection):
 
     order = 2.0
 
-    def sample(self, x: Tensor, radii: Tensor, noise: SeriesNoise) -> Tensor:
+    def sample(self, x: Tensor, radii: Tensor, noise: SeriesNoise, steps: Tensor | None = None) -> Tensor:
         """A direction uniform on the sphere times ``radius * u^(1/n)`` in n dimensions."""
-        direction = noise.normal(*x.shape[1:])
-        return direction / self.norm(direction) * radii * noise.uniform(1, 1) ** (1 / x[0].numel())
+        return self._scaled(noise.normal(*x.shape[1:]), radii, noise, steps)
 
 
 class L1(Projection):
@@ -126,7 +146,7 @@ class L1(Projection):
 
     order = 1.0
 
-    def sample(self, x: Tensor, radii: Tensor, noise: SeriesNoise) -> Tensor:
+    def sample(self, x: Tensor, radii: Tensor, noise: SeriesNoise, steps: Tensor | None = None) -> Tensor:
         """Exponential magnitudes with random signs, scaled to the ball."""
         magnitude = -noise.uniform(*x.shape[1:]).log() * noise.signs(*x.shape[1:])
-        return magnitude / self.norm(magnitude) * radii * noise.uniform(1, 1) ** (1 / x[0].numel())
+        return self._scaled(magnitude, radii, noise, steps)

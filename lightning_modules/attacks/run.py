@@ -87,6 +87,7 @@ class Run:
     Attributes:
         ball: Projection with its radii about the clean series ``ball.x0``.
         mask: ``(B, T) bool`` or None.
+        steps: ``(B, T) bool`` that may move: valid ones that no constraint holds fast; None for all.
         step: ``(B, 1, 1) float``.
         n_steps: N.
         starts_at_random: Whether a random point of the ball begins the attack.
@@ -110,7 +111,14 @@ class Run:
         # asked once, not in every step: a signature is slow to read
         self._take_mask = {id(network): takes_mask(network) for network in (*networks[:2], *networks[2])}
         self.mask, self.n_steps, self.noise = mask, attack.n_steps, noise
-        self._movable = None if mask is None else mask[..., None]
+        self.steps = mask
+        for constraint in attack.constraints:
+            held = constraint.held(x)
+            if held is not None:
+                moving = (~held).expand(x.shape[:2])
+                self.steps = moving if self.steps is None else self.steps & moving
+        self._movable = None if self.steps is None else self.steps[..., None]
+        self._in_subspace = any(constraint.is_subspace for constraint in attack.constraints)
         if weights is not None:
             weighted = (weights > 0)[:, None, None]
             self._movable = weighted if self._movable is None else self._movable & weighted
@@ -126,14 +134,28 @@ class Run:
         self.n_gradients = 0
 
     def keep_clean(self, x: Tensor) -> Tensor:
-        """``x`` with the clean values at padded steps and in series of weight 0."""
+        """``x`` with the clean values at padded and held steps and in series of weight 0."""
         return x if self._movable is None else torch.where(self._movable, x, self.ball.x0)
 
     def confine(self, x: Tensor) -> Tensor:
-        """Into the ball about the clean series, through the constraints, and into the ball once more."""
-        x = self.ball.project(self.keep_clean(x))
+        """Into the ball about the clean series, through the constraints, and into the ball once more.
+
+        What must lie in a subspace goes there first, so that the ball is not spent on what is dropped, and is then
+        shortened as a whole: a clamp would leave the subspace.
+        """
+        x = self.keep_clean(x)
+        if self._in_subspace:
+            for constraint in self._attack.constraints:
+                if constraint.is_subspace:
+                    x = constraint.apply(x, self.ball, self.steps)
+            x = self.ball.shorten(x)
+            for constraint in self._attack.constraints:
+                if not constraint.is_subspace:
+                    x = constraint.shorten(x, self.ball, self.steps)
+            return self.keep_clean(x)
+        x = self.ball.project(x)
         for constraint in self._attack.constraints:
-            x = constraint.apply(x, self.ball, self.mask)
+            x = constraint.apply(x, self.ball, self.steps)
         if self._attack.constraints:
             x = self.ball.project(self.keep_clean(x))
         return self.keep_clean(x)  # x0 + (x0 - x0) is x0 up to the sign of zero, and not where padding is infinite
@@ -142,7 +164,7 @@ class Run:
         """A random point of the ball."""
         assert self.ball.projection is not None
         assert self.ball.radii is not None
-        return self.ball.x0 + self.ball.projection.sample(self.ball.x0, self.ball.radii, self.noise)
+        return self.ball.x0 + self.ball.projection.sample(self.ball.x0, self.ball.radii, self.noise, self.steps)
 
     def evaluate(self, x: Tensor, *, gradient: bool) -> Evaluation:
         """Logits, value and, where asked for, the direction to climb.

@@ -74,8 +74,8 @@ class SimBA(Stepper):
     def start(self, run: "Run") -> Advance:
         """No memory."""
         n_series, n_times, n_channels = run.ball.x0.shape
-        order = _valid_steps_first(run.mask)
-        n_valid = n_times if run.mask is None else run.mask.sum(dim=1).clamp(min=1)
+        order = _valid_steps_first(run.steps)
+        n_valid = n_times if run.steps is None else run.steps.sum(dim=1).clamp(min=1)
 
         def advance(x: Tensor, evaluation: "Evaluation") -> tuple[Tensor, "Evaluation"]:
             time = run.noise.integers(n_valid, 1)
@@ -94,15 +94,15 @@ class SimBA(Stepper):
 
 
 def _valid_steps_first(mask: Tensor | None) -> Tensor | None:
-    """``(B, T) int64``: time steps of each series, the valid ones first."""
+    """``(B, T) int64``: time steps of each series, those that may move first."""
     return None if mask is None else mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
 
 
 class SquareSearch(Stepper):
     """Square-style random search in time: a window of each series is set to ``x0 +- radius`` where that helps.
 
-    The window's share of the series falls along the attack as in the original; the sign is drawn for each channel. The
-    first iterate has a random sign at every position.
+    The window's share of the steps that may move falls along the attack as in the original; the sign is drawn for each
+    channel. The first iterate has a random sign at every position.
 
     Args:
         share: Share of the time steps of the first windows, inside 0..1.
@@ -142,15 +142,19 @@ class SquareSearch(Stepper):
     def start(self, run: "Run") -> Advance:
         """Counts the steps."""
         n_times, n_channels = run.ball.x0.shape[1:]
-        times = torch.arange(n_times, device=run.ball.x0.device)
+        times: Tensor = torch.arange(n_times, device=run.ball.x0.device)
+        n_steps = times.new_full((len(run.ball.x0), 1), n_times)
+        if run.steps is not None:  # a window is so many steps that may move: padding is no place for one
+            times = torch.where(run.steps, run.steps.cumsum(dim=1) - 1, -1)
+            n_steps = run.steps.sum(dim=1, keepdim=True).clamp(min=1)
         k = 0
 
         def advance(x: Tensor, evaluation: "Evaluation") -> tuple[Tensor, "Evaluation"]:
             nonlocal k
             halvings = sum(k > part * run.n_steps for part in self.SCHEDULE)
-            width = max(1, round(self.share * 0.5**halvings * n_times))
+            width = (n_steps.double() * (self.share * 0.5**halvings)).round().long().clamp(min=1)
             k += 1
-            first = run.noise.integers(n_times - width + 1, 1)
+            first = run.noise.integers((n_steps - width + 1).flatten(), 1)
             window = ((times >= first) & (times < first + width))[..., None]
             candidate = torch.where(window, run.ball.x0 + run.step * run.noise.signs(1, n_channels), x)
             return run.better(x, evaluation, run.confine(candidate))

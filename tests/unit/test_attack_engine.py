@@ -66,6 +66,21 @@ class Masked(Net):
         return super().forward(series if mask is None else series * mask[..., None])
 
 
+class MaskedMean(nn.Module):
+    """Tanh features, averaged over the valid steps alone."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.features, self.head = nn.Linear(C, 8), nn.Linear(8, 1)
+
+    def forward(self, series, mask=None):
+        hidden = torch.tanh(2 * self.features(series))
+        kept = torch.ones_like(series[..., 0]) if mask is None else mask.to(series.dtype)
+        return self.head((hidden * kept[..., None]).sum(1) / kept.sum(1, keepdim=True))
+
+
 class Linear(nn.Module):
     """``scale * (w . x) + bias``, the simplest victim with a known gradient."""
 
@@ -552,6 +567,103 @@ def test_low_pass_removes_high_frequencies(series):
     high = torch.fft.rfftfreq(T) > 0.2
     assert spectrum[:, high].max() < 1e-5  # float32 rounding of x + delta, summed over 24 steps
     assert spectrum[:, ~high].amax() > 0.1
+
+
+HELD = {
+    "bounds, frozen": [Bounds(-9.0, 9.0), Frozen([(3, 6)])],
+    "frozen, bounds": [Frozen([(3, 6)]), Bounds(-9.0, 9.0)],
+    "low-pass": [LowPass(0.2)],
+    "low-pass, tight bounds": [LowPass(0.2), Bounds(-3.0, 3.0)],
+    "frozen, low-pass": [Frozen([(3, 6)]), LowPass(0.3)],
+    "low-pass, frozen, tight bounds": [LowPass(0.3), Frozen([(3, 6)]), Bounds(-3.0, 3.0)],
+    "frozen, z-norm": [Frozen([(3, 6)]), ZNormManifold()],
+    "z-norm, frozen": [ZNormManifold(), Frozen([(3, 6)])],
+}
+
+
+@pytest.mark.parametrize("projection", [None, Linf(0.3), L2(1.0), L1(3.0)], ids=["none", "linf", "l2", "l1"])
+@pytest.mark.parametrize("name", HELD)
+def test_all_constraints_and_the_ball_hold_at_once(series, name, projection):
+    x, y = series
+    x = x.double().clamp(-2.9, 2.9)
+    attack = Attack(Vanilla(), SignStep(0.2), constraints=HELD[name], projection=projection, n_steps=6)
+    victim = Net().double()
+    delta = attack(victim, x, y, keep_iterates=True).iterates - x
+    assert delta[-1].abs().amax(dim=(1, 2)).min() > 1e-3, "it does attack"
+    if projection is not None:
+        size = torch.linalg.vector_norm(delta, ord=projection.order, dim=(2, 3))
+        assert size.max() <= projection.radius * (1 + 1e-12)
+    for constraint in HELD[name]:
+        if isinstance(constraint, Frozen):
+            assert not bool(delta[:, :, 3:6].any())
+        elif isinstance(constraint, Bounds):
+            values = x + delta
+            assert constraint.low <= values.min()
+            assert values.max() <= constraint.high
+        elif isinstance(constraint, LowPass):
+            high = torch.fft.rfftfreq(T) > constraint.cutoff
+            # of perturbations of order 1; frozen steps are put back by a digit of 1e-7
+            assert torch.fft.rfft(delta, dim=2)[:, :, high].abs().max() < 1e-6
+        else:
+            moved = x + delta
+            torch.testing.assert_close(moved.mean(2), x.mean(1).expand_as(moved.mean(2)), rtol=0, atol=1e-9)
+            torch.testing.assert_close(moved.std(2), x.std(1).expand_as(moved.std(2)), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("constraints", [[ZNormManifold(), Bounds(-9.0, 9.0)], [LowPass(0.2), ZNormManifold()]])
+def test_constraints_that_undo_each_other_are_refused(constraints):
+    with pytest.raises(ValueError, match=r"constraints ZNormManifold and .* undo each other: give one of them"):
+        Attack(Vanilla(), SignStep(0.1), constraints=constraints)
+
+
+@pytest.mark.parametrize("constraint", [Frozen([(4, T)]), LowPass(0.1)])
+def test_the_ball_is_not_spent_on_what_a_constraint_drops(constraint):
+    """One long step on a linear victim reaches what the set allows: its gradient in the set, at the radius."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, T, C, generator=generator, dtype=torch.float64)
+    weight = torch.randn(T, C, generator=generator, dtype=torch.float64)
+
+    def victim(series):
+        return (series * weight).sum(dim=(1, 2)).unsqueeze(1)
+
+    slope = weight.clone()
+    if isinstance(constraint, Frozen):
+        slope[4:] = 0
+    else:
+        kept = torch.fft.rfftfreq(T) <= 0.1
+        slope = torch.fft.irfft(torch.fft.rfft(weight, dim=0) * kept[:, None], n=T, dim=0)
+    attack = Attack(
+        Vanilla(), PGDStep("unit", relative_step=5.0), projection=L2(1.0), constraints=[constraint], n_steps=1
+    )
+    y = torch.zeros(3, dtype=torch.int64)
+    gain = victim(attack(victim, x, y).x_adv) - victim(x)
+    torch.testing.assert_close(gain[:, 0], slope.norm().expand(3), rtol=1e-9, atol=0)
+
+
+def test_low_pass_works_in_half_precision(series):
+    x, y = series
+    net = Net().to(torch.bfloat16)
+    attack = Attack(Vanilla(), SignStep(0.1), constraints=[LowPass(0.2)], projection=L2(1.0), n_steps=2)
+    assert attack(net, x.to(torch.bfloat16), y).x_adv.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["square", "l2", "l1", "simba"])
+def test_what_is_drawn_does_not_depend_on_how_far_a_series_is_padded(series, kind):
+    x, y = series
+    make = {
+        "square": lambda: Attack(Vanilla(), SquareSearch(), projection=Linf(0.3), n_steps=20),
+        "simba": lambda: Attack(Vanilla(), SimBA(0.3), n_steps=20),
+        "l2": lambda: Attack(Vanilla(), PGDStep(), projection=L2(1.0), n_steps=1, random_start=True),
+        "l1": lambda: Attack(Vanilla(), PGDStep(), projection=L1(1.0), n_steps=1, random_start=True),
+    }
+    wide = torch.nn.functional.pad(x, (0, 0, 0, 5 * T))
+    mask = (torch.arange(6 * T) < T).expand(B, -1)
+    found = make[kind]()(MaskedMean(), wide, y, mask=mask, generator=3, keep_iterates=True).iterates
+    assert torch.equal(found[:, :, T:], wide[:, T:].expand_as(found[:, :, T:]))
+    expected = make[kind]()(MaskedMean(), x, y, generator=3, keep_iterates=True).iterates
+    # float32 sums over T steps, and over as many zeros more
+    torch.testing.assert_close(found[:, :, :T], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(expected[-1], x)
 
 
 def test_z_norm_manifold_keeps_mean_and_deviation(series):
