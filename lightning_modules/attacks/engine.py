@@ -27,6 +27,7 @@ from lightning_modules.attacks.projections import Projection, Strength, per_seri
 from lightning_modules.attacks.run import Evaluation, Networks, Run, check_series
 from lightning_modules.attacks.series_noise import SeriesNoise
 from lightning_modules.attacks.steppers import Stepper
+from lightning_modules.attacks.victims import refuse_train_mode
 
 
 @dataclass
@@ -194,7 +195,8 @@ class Attack:
         networks = (model, model if surrogate is None else surrogate, detectors)
         roles = ("classifier", "surrogate", *["detector"] * len(detectors))
         for network, role in zip((*networks[:2], *detectors), roles, strict=True):
-            taken_mask(network, mask, role)
+            taken = taken_mask(network, mask, role)
+            refuse_train_mode(network, x[:size], None if taken is None else taken[:size])
         everything = {
             "x": x,
             "y": y,

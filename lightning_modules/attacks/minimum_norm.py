@@ -14,7 +14,7 @@ from lightning_modules.attacks.class_losses import decisions, logit_margin
 from lightning_modules.attacks.frozen_networks import Network, call, frozen, taken_mask
 from lightning_modules.attacks.gradients import gradient
 from lightning_modules.attacks.run import check_series
-from lightning_modules.attacks.victims import check_outputs, check_shape
+from lightning_modules.attacks.victims import check_outputs, check_shape, refuse_train_mode
 
 
 @dataclass
@@ -43,6 +43,7 @@ def _victim(
         with torch.no_grad():
             logits = call(model, clean.clone(), valid)
         check_shape(logits, len(x), "classifier")
+        refuse_train_mode(model, clean, valid)
         check_outputs(model, clean, valid, logits, "classifier", y)
         yield clean, lambda point: call(model, point, valid)
 
@@ -98,7 +99,9 @@ class DeepFool:
                 moved = torch.where(outside, moved, moved + step)
                 current = torch.where(outside, current, clean + (1 + self.overshoot) * moved)
             with torch.no_grad():
-                fooled = decisions(logits_at(current)) != labels
+                reached = logits_at(current)
+                fooled = (decisions(reached) != labels) & reached.isfinite().all(dim=1)
+                fooled &= moved.isfinite().all(dim=(1, 2))  # what is not finite is no series, whatever it is called
             return _result(torch.where(fooled[:, None, None], current, clean), clean, fooled, mask)
 
     @staticmethod
@@ -114,13 +117,17 @@ class DeepFool:
             if gap.requires_grad:
                 (normal,) = torch.autograd.grad(gap.sum(), point, retain_graph=j + 1 < len(gaps))
             normal = normal if mask is None else normal.masked_fill(~mask[..., None], 0.0)
-            square = normal.square().sum(dim=(1, 2))
+            # scaled by the largest entry: squares of a nearly flat gap would vanish, and its step be infinite
+            largest = normal.abs().amax(dim=(1, 2), keepdim=True)
+            unit = normal / torch.where(largest > 0, largest, 1.0)
+            size = torch.linalg.vector_norm(unit, dim=(1, 2), keepdim=True)
+            unit = unit / torch.where(size > 0, size, 1.0)
             # gap < 0 inside the region; the label's own gap has no normal and never comes nearest
-            distance = torch.where(square > 0, gap.detach().abs() / square.sqrt(), torch.inf)
+            slope = (largest * size).flatten()
+            distance = torch.where(slope > 0, gap.detach().abs() / slope, torch.inf)
             closer = distance < nearest
             nearest = torch.where(closer, distance, nearest)
-            length = gap.detach().abs() / torch.where(square > 0, square, torch.ones_like(square))
-            step = torch.where(closer[:, None, None], length[:, None, None] * normal, step)
+            step = torch.where(closer[:, None, None], distance[:, None, None] * unit, step)
         return step
 
 

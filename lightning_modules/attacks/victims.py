@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from lightning_modules.attacks.frozen_networks import Network, call, frozen, modules_of, takes_mask
 
+AFFINE = ("Add", "Div", "Mean", "Mul", "Neg", "Rsub", "Sub")
+"""Beginnings of the names of nodes that scale, shift or average what comes from one other node alone."""
+
 SHAPE_ONLY = (
     *("Alias", "AsStrided", "Cat", "Clamp", "Clone", "Expand", "Permute", "Reshape", "Select", "Slice", "Split"),
     *("Squeeze", "Stack", "T", "ToCopy", "Transpose", "Unbind", "Unsafe", "Unsqueeze", "UnsafeView", "View"),
@@ -28,14 +31,16 @@ Role = Literal["classifier", "detector"]
 
 
 def _ends_in_sigmoid(output: Tensor) -> bool:
-    """Whether autograd reaches a sigmoid or softmax behind nodes that only move values."""
+    """Whether autograd reaches a sigmoid or softmax behind nodes that move, scale, shift or average its values."""
     node = output.grad_fn
     while node is not None:
         if node.name().startswith(("Sigmoid", "Softmax")):
             return True
-        if not node.name().startswith(SHAPE_ONLY) or not node.next_functions:
+        sources = [source for source, _ in node.next_functions if source is not None]
+        affine = node.name().startswith(AFFINE) and len(sources) == 1  # not the product of a gate and a value
+        if not (affine or node.name().startswith(SHAPE_ONLY)) or not sources:
             return False
-        node = node.next_functions[0][0]
+        node = sources[0]
     return False
 
 
@@ -44,9 +49,10 @@ def refuse_probabilities(
 ) -> None:
     """Raise where a network returns probabilities in place of logits.
 
-    Outputs inside 0..1 are suspicious, not proof: an untrained network gives small logits. Several columns are
-    probabilities if every row sums to 1. One column is if autograd finds a sigmoid right behind it, or if outputs come
-    within 0.01 of both 0 and 1 over series scaled by -100..100 and noise as large, and never leave 0..1.
+    Outputs inside 0..1 are suspicious, not proof: an untrained network gives small logits. They are probabilities if
+    they never leave 0..1 over series scaled by -100..100 and noise as large and autograd finds a sigmoid or softmax
+    behind them, scaled, shifted or averaged at most; several columns also if every row sums to 1, one column if it
+    comes within 0.01 of both 0 and 1.
 
     Args:
         network: Classifier or detector.
@@ -71,9 +77,10 @@ def refuse_probabilities(
         return
     if found.shape[1] > 1:
         # 1e-3: half precision sums to 1 within about 5e-4
-        probabilities = bool(((found.sum(dim=1) - 1).abs() < 1e-3).all()) and bool((found != found[:1]).any())
+        proved = bool(((found.sum(dim=1) - 1).abs() < 1e-3).all()) and bool((found != found[:1]).any())
     else:
-        probabilities = ends_in_sigmoid or (bool(found.min() < 0.01) and bool(found.max() > 0.99))
+        proved = bool(found.min() < 0.01) and bool(found.max() > 0.99)
+    probabilities = ends_in_sigmoid or proved
     if probabilities:
         raise ValueError(
             f"the network returns probabilities (all {found.numel()} probed outputs in 0..1); give logits: drop its "
@@ -220,9 +227,23 @@ def check_logits(network: Network, x: Tensor, mask: Tensor | None = None) -> int
     with frozen([network], x.device), torch.no_grad():
         logits = call(network, x.clone(), mask)
     check_shape(logits, len(x), "classifier")
-    _refuse_train_mode(network, x.device, lambda: call(network, x.clone(), mask))
+    refuse_train_mode(network, x, mask)
     check_outputs(network, x, mask, logits, "classifier")
     return max(2, logits.shape[1])
+
+
+def refuse_train_mode(network: Network, x: Tensor, mask: Tensor | None = None) -> None:
+    """Raise where a network is or holds a program whose graph was saved in train mode; at once where it holds none.
+
+    Args:
+        network: Classifier or detector.
+        x: ``(B, T, C) float`` series, passed through twice.
+        mask: ``(B, T) bool`` or None.
+
+    Raises:
+        ValueError: If a call writes a buffer of the program or two equal calls differ.
+    """
+    _refuse_train_mode(network, x.device, lambda: call(network, x.clone(), mask))
 
 
 def check_shape(logits: Any, n_series: int, role: Role) -> None:

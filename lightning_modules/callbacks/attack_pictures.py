@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_modules.attacks.class_losses import decisions
 from lightning_modules.attacks.findings import Findings, best_concealed, key
+from lightning_modules.attacks.grid import GridPoint
 from lightning_modules.attacks.selection import pareto_area, pareto_front
 from lightning_modules.attacks.study import AttackStudy, ChosenAttack
 from lightning_modules.attacks.study_bootstrap import FALSE_ALARMS, baseline_of
@@ -201,7 +202,10 @@ def _stairs(effect: Array, hidden: Array) -> tuple[Array, Array]:
 
 
 def _chosen_on_validation(attack: ChosenAttack) -> tuple[int, int]:
-    """Configuration and iteration that were chosen: the largest F in the column of the chosen iterate."""
+    """Configuration and iteration that were chosen: where configurations are not known, the largest F there."""
+    chosen = GridPoint(step=attack.step, radius=attack.radius, alpha=attack.alpha, restart=attack.restart)
+    if chosen in attack.configurations:
+        return attack.configurations.index(chosen), attack.iteration
     column = success_f(
         attack.validation_effectiveness[:, attack.iteration], attack.validation_concealability[:, attack.iteration]
     )

@@ -8,6 +8,7 @@ import torch
 from matplotlib.image import imread
 
 from lightning_modules.attacks.findings import findings
+from lightning_modules.attacks.grid import GridPoint
 from lightning_modules.callbacks import attack_pictures
 from lightning_modules.callbacks.attack_report import write_report
 
@@ -49,6 +50,27 @@ def test_same_study_same_pictures(attack_study, full, tmp_path):
     for name in ("series", "pareto"):
         getattr(attack_pictures, name)(tmp_path / f"{name}.png", attack_study)
         assert np.array_equal(imread(tmp_path / f"{name}.png")[..., :3], full[1][name])
+
+
+def test_the_star_is_the_configuration_that_was_chosen(attack_study):
+    """Of equal F the smaller step is chosen, which need not be the first configuration."""
+    attack = attack_study.attacks[0]
+    n = len(attack.validation_effectiveness)
+    steps = [0.05 / (number + 1) for number in range(n)]
+    points = tuple(GridPoint(step=step, radius=None, alpha=None) for step in steps)
+    equal = attack.validation_effectiveness[:1].expand(n, -1), attack.validation_concealability[:1].expand(n, -1)
+    one = replace(
+        attack,
+        step=steps[-1],
+        radius=None,
+        alpha=None,
+        validation_effectiveness=equal[0],
+        validation_concealability=equal[1],
+    )
+    assert n > 1
+    known = replace(one, configurations=points)
+    assert attack_pictures._chosen_on_validation(known) == (n - 1, attack.iteration)
+    assert attack_pictures._chosen_on_validation(replace(one, configurations=())) == (0, attack.iteration)
 
 
 def test_no_attack_is_no_point_of_the_pareto_picture(attack_study, full, tmp_path):

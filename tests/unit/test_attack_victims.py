@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_modules.attacks import (
     Attack,
+    DeepFool,
     SignStep,
     Vanilla,
     Victim,
@@ -40,6 +41,11 @@ def head(n_logits, *after):
         nn.Sequential(head(1, nn.Sigmoid()), nn.Flatten()),
         lambda series: torch.sigmoid(head(1)(series)).clamp(1e-6, 1 - 1e-6),
         lambda series: torch.sigmoid(head(1)(series).detach()),  # no graph: judged by its outputs alone
+        # not confident: outputs alone would not tell
+        lambda series: torch.sigmoid(0.003 * head(3)(series)),  # a sigmoid for each of several labels
+        lambda series: 0.98 * torch.sigmoid(0.003 * head(1)(series)) + 0.01,
+        lambda series: 1 - torch.sigmoid(-0.003 * head(1)(series)),
+        lambda series: torch.stack([torch.sigmoid(0.003 * k * head(1)(series)) for k in (1, 2)]).mean(0),
     ],
 )
 def test_probabilities_are_refused(x, network):
@@ -61,6 +67,8 @@ def test_probabilities_are_refused(x, network):
         lambda series: 0.5 + 0.1 * torch.tanh(series.sum(dim=(1, 2)))[:, None],
         lambda series: torch.full((len(series), 1), 1.0),
         lambda series: torch.tensor([0.3, 0.7]).expand(len(series), 2),
+        # a gate times a value is no probability
+        lambda series: torch.sigmoid(0.003 * head(1)(series)) * torch.tanh(series.sum(dim=(1, 2)))[:, None].abs() * 0.5,
     ],
 )
 def test_logits_pass_even_inside_the_unit_interval(x, network):
@@ -168,19 +176,20 @@ class Counting(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize("kind", ["script", "export", "train-mode export"])
+@pytest.mark.parametrize("kind", ["script", "export", "counting script", "counting export", "train-mode export"])
 def test_an_attack_leaves_flags_gradients_and_buffers_of_a_program(x, kind):
-    if kind == "script":
-        program = torch.jit.script(Counting())
-    else:
-        network = Counting() if kind == "export" else noisy(nn.BatchNorm1d(T * C))
-        program = exported(network, x).module()
+    network = Counting() if kind.startswith("counting") else noisy(nn.BatchNorm1d(T * C))
+    if not kind.startswith("train"):
+        network.eval()
+    program = torch.jit.script(network) if kind.endswith("script") else exported(network, x).module()
     victim = Victim(program)
     before = {name: buffer.clone() for name, buffer in program.named_buffers()}
     for module in program.modules():
         if hasattr(module, "training"):
             module.training = True
-    Attack(Vanilla(), SignStep(0.1), n_steps=3)(nn.Sequential(victim), x, torch.zeros(B, dtype=torch.int64))
+    refused = pytest.raises(ValueError, match="saved in train mode, a call writes its buffer")
+    with contextlib.nullcontext() if kind in ("script", "export") else refused:
+        Attack(Vanilla(), SignStep(0.1), n_steps=3)(nn.Sequential(victim), x, torch.zeros(B, dtype=torch.int64))
     assert before
     assert all(torch.equal(buffer, before[name]) for name, buffer in program.named_buffers())
     assert all(getattr(module, "training", True) for module in program.modules())
@@ -204,9 +213,17 @@ def test_a_program_with_train_mode_in_its_graph_is_refused(x, tmp_path, layer, f
     with pytest.raises(ValueError, match=message) as caught:  # of a .pt2 the example in the file is enough
         load_victim(program=file, trusted=True, probe=x if ending == ".ts" else None)
     assert "\n" not in str(caught.value)
+    y = torch.zeros(B, dtype=torch.int64)
+    attack = Attack(Vanilla(), SignStep(0.1), n_steps=2)
     for victim in (direct, Victim(direct)):
-        with pytest.raises(ValueError, match=message):
-            check_logits(victim, x)
+        for use in (
+            lambda victim: check_logits(victim, x),
+            lambda victim: attack(victim, x, y),
+            lambda victim: attack(head(1), x, y, detectors=[victim]),
+            lambda victim: DeepFool(2)(victim, x, y),
+        ):
+            with pytest.raises(ValueError, match=message):
+                use(victim)
     assert check_logits(Victim(exported(network.eval(), x).module()), x) == 2
 
 

@@ -67,6 +67,24 @@ def test_deepfool_is_exact_for_linear_classifiers(series, n_logits):
     assert (decisions(victim(result.x_adv)) != y).all()
 
 
+@pytest.mark.parametrize("scale", [1e-22, 1e-30])
+def test_deepfool_steps_over_a_nearly_flat_gap_or_says_that_it_failed(series, scale):
+    x = series.float()
+
+    def victim(points):
+        return scale * points.sum(dim=(1, 2)).unsqueeze(1) + 5e10 * scale
+
+    result = DeepFool()(victim, x, torch.ones(len(x), dtype=torch.int64))
+    assert result.fooled.all()
+    # to the face and a fiftieth beyond: the squares of such slopes are 0 in float32
+    expected = 1.02 * (x.sum(dim=(1, 2)).double() + 5e10) / (T * C) ** 0.5
+    torch.testing.assert_close(result.l2.double(), expected, rtol=1e-4, atol=0)
+    far = DeepFool()(lambda points: 1e-38 * points.sum(dim=(1, 2)).unsqueeze(1) + 5, x, torch.ones(len(x)).long())
+    assert not far.fooled.any(), "the face lies beyond the numbers of float32"
+    assert torch.equal(far.x_adv, x)
+    assert not far.l2.any()
+
+
 @pytest.mark.parametrize("n_logits", [1, 4])
 def test_carlini_wagner_comes_near_the_nearest_face(series, n_logits):
     victim = linear(n_logits)
