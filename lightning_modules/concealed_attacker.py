@@ -282,12 +282,29 @@ class ConcealedAttacker(LightningModule):
             if not takes_mask(network):  # else the splits need not be read yet
                 for split in ("train", "validation"):
                     taken_mask(network, self._series(split)["mask"], role)
+        if not self.classifier_epochs:
+            self._check_victim()
         for snapshot in self._snapshots.values():
             for network in snapshot:
                 network.to(self.device)
         # on_train_epoch_start is not called where a fit resumes amid an epoch.
         if self._discriminator_epoch >= 0:
             self.classifier.eval()
+
+    def _check_victim(self) -> None:
+        """Say how a victim from elsewhere decides on validation, before hours are spent on it."""
+        clean = self._series("validation")
+        logits = logits_of(self.classifier, clean["series"].to(self.device), clean["mask"].to(self.device))
+        labels = clean["labels"]
+        right = int((decisions(logits).cpu() == labels.cpu()).sum())
+        said = f"the victim calls {right} of {len(labels)} clean validation series rightly"
+        if right <= int(torch.bincount(labels).max()):
+            said = (
+                f"Warning: {said}, no more than whoever calls all of them the commonest class: are its logits in the "
+                f"order of the classes ({', '.join(self.class_names)}), and does it take series as the data gives them "
+                "(normalise of the data)?"
+            )
+        self.print(said)
 
     def on_train_epoch_start(self) -> None:
         """Freeze the classifier, statistics too, once discriminators train; remember them where a round begins."""

@@ -65,6 +65,9 @@ def check_series(x: Tensor, y: Tensor, mask: Tensor | None) -> None:
     Raises:
         ValueError: If an argument has another shape, dtype or value.
     """
+    for name, value in (("x", x), ("y", y), ("mask", mask)):
+        if not isinstance(value, Tensor) and not (name == "mask" and value is None):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__module__}.{type(value).__name__}")
     if x.ndim != 3 or 0 in x.shape or not x.is_floating_point():
         raise ValueError(f"x must be floating of shape (B, T, C), each at least 1, got {tuple(x.shape)} {x.dtype}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:

@@ -5,6 +5,7 @@ program (TorchScript or ``torch.export``) can: it is read only where the caller 
 """
 
 import importlib
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -362,6 +363,17 @@ def _load_weights(network: nn.Module, path: Path) -> None:
         raise ValueError(f"the weights of {path} do not fit {type(network).__name__}: {found}") from error
 
 
+def _why(path: Path, error: Exception) -> str:
+    """What a file holds instead of a program."""
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    if any(name.endswith("/data.pkl") for name in names) and not any("/code/" in name for name in names):
+        return (
+            "torch.save wrote weights or a pickled object; save the network by torch.export.save or torch.jit.save, or "
+            "give its class_path with weights"
+        )
+    return str(error).splitlines()[0]
+
+
 def _load_program(path: Path) -> nn.Module:
     _existing(path)
     arguments, named = None, {}
@@ -373,9 +385,7 @@ def _load_program(path: Path) -> nn.Module:
         else:
             program = torch.jit.load(path, map_location="cpu")
     except Exception as error:
-        raise ValueError(
-            f"{path} holds no program of torch.export or TorchScript: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"{path} holds no program of torch.export or TorchScript: {_why(path, error)}") from error
     if arguments is not None:
         _refuse_train_mode(program, torch.device("cpu"), lambda: program(*arguments, **named))
     return program

@@ -732,6 +732,37 @@ def transfer(**surrogate):
     ]
 
 
+class Flat(torch.nn.Module):
+    """A linear classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(40, 1, bias=False)
+
+    def forward(self, series):
+        return self.head(series.flatten(1))
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_fit_says_how_its_victim_decides_on_clean_series(folder, tmp_path, capsys, knows):
+    data = TimeSeriesDataModule(folder=str(folder), name="Toy", validation_fraction=0.25)
+    data.setup("fit")
+    clean = data.arrays("validation")
+    # as many series as steps at most: a linear classifier can be right on all of them, and wrong on all
+    signs = (2 * clean["labels"] - 1).float() * (1 if knows else -1)
+    weight = torch.linalg.lstsq(clean["series"].flatten(1), signs[:, None], driver="gelsd").solution
+    torch.save({"head.weight": weight.T}, tmp_path / "weights.pt")
+    victim = {"class_path": f"{__name__}.Flat", "weights": str(tmp_path / "weights.pt")}
+    plan = DiscriminatorPlan(
+        name="a", network=network, attack=IFGSM, training_attacks="ifgsm", n_levels=1, epochs_per_level=1
+    )
+    fitted(folder, victim=victim, classifier_epochs=0, discriminators=[plan], n_folds=0, fitted_judges=False)
+    said = capsys.readouterr().out
+    assert f"the victim calls {24 if knows else 0} of 24 clean validation series rightly" in said
+    assert ("Warning" in said) is not knows
+    assert ("in the order of the classes (0, 1)" in said) is not knows
+
+
 def test_a_surrogate_gives_the_gradients_and_the_classifier_the_scores(folder, tmp_path):
     module, data, *_ = fitted(folder, attacks=transfer(), n_folds=0, fitted_judges=False)
     # calibrated on the classifier whose margin is climbed: median |logit| of the surrogate, not of the victim

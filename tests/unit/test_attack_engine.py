@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -977,6 +978,9 @@ def test_parts_that_do_not_fit_end_in_one_line(build, message):
         ({"x": torch.zeros(B, T)}, r"x must be floating of shape \(B, T, C\).* got \(6, 24\)"),
         ({"x": torch.full((B, T, C), torch.nan)}, r"x must be finite, got \[nan, nan\] in series 0 at step 0"),
         ({"y": torch.zeros(B)}, r"y must be int64 of shape \(6,\), got \(6,\) torch\.float32"),
+        ({"y": np.zeros(B, dtype=np.int64)}, r"y must be a torch\.Tensor, got numpy\.ndarray"),
+        ({"x": np.zeros((B, T, C), dtype=np.float32)}, r"x must be a torch\.Tensor, got numpy\.ndarray"),
+        ({"mask": np.ones((B, T), dtype=bool)}, r"mask must be a torch\.Tensor, got numpy\.ndarray"),
         ({"y": torch.full((B,), 2)}, r"labels must lie in 0\.\.1 for this classifier, got 2\.\.2"),
         ({"detectors": []}, "SumReg hides from detectors: give at least one"),
         ({"detectors": Net()}, "put it into a list"),

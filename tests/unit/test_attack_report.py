@@ -665,6 +665,14 @@ def run_test(folder, *outcomes):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_of_a_victim_that_calls_nothing_rightly_no_verdict_is_given(attack_study):
+    wrong = replace(attack_study, labels=1 - torch.as_tensor(decided(attack_study.clean_logits)))
+    told = text(findings(wrong, n_resamples=20))
+    assert "The victim calls no clean series rightly: nothing here says what an attack does" in told
+    assert "Does concealment pay" not in told
+    assert "Does concealment pay" in text(findings(attack_study, n_resamples=20))
+
+
 def test_callback_joins_batches_and_writes_a_report(make_attack_study, tmp_path, capsys):
     study = make_attack_study(n=20, attacks=(("ifgsm", "ifgsm", False), ("ifgsm sum", "ifgsm", True)))
     run_test(tmp_path, rows_of(study, slice(0, 10)), rows_of(study, slice(10, 20)))

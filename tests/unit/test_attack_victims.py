@@ -282,6 +282,13 @@ def test_files_that_hold_no_weights_are_refused_without_running_them(tmp_path, c
     (tmp_path / "text.ts").write_text("no program")
     with pytest.raises(ValueError, match=r"text\.ts holds no program"):
         load_victim(program=tmp_path / "text.ts", trusted=True)
+    for name in ("whole.pt", "whole.pt2"):
+        torch.save(nn.ReLU(), tmp_path / name)
+        with pytest.raises(
+            ValueError, match=r"torch\.save wrote weights or a pickled object; save the network by"
+        ) as caught:
+            load_victim(program=tmp_path / name, trusted=True)
+        assert "\n" not in str(caught.value)
 
 
 class Marking:
