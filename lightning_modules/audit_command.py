@@ -8,7 +8,8 @@ The exit status is 1 with a leak and 0 without, so that a continuous integration
 ``represent(events, users, times, context_users=None)``; where it also has ``represent_context(own, others, users,
 times, context_times, context_users=None)``, self-exclusion and the clock are checked on the context alone.
 
-Events strictly before a query, by however little, count as known. With ``--config`` events come coded, normalised and
+Events strictly before a query, by however little, count as known; with ``--ties inclusive``, for states after each
+event that are stamped with its time, those at it too. With ``--config`` events come coded, normalised and
 labelled by the data module; what it fitted and read is not checked here, and the report says what would check it.
 """
 
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ties",
         default="strict",
         choices=("strict", "inclusive"),
-        help="whether time t is known at t; what is earlier is, by however little",
+        help="whether events at t are known at t, as in states after each event; earlier ones are, by however little",
     )
     parser.add_argument("--n_queries", type=int, default=128)
     parser.add_argument("--n_cuts", type=int, default=5, help="moments from which on events are changed")
@@ -161,6 +162,7 @@ def _audit_files(known: argparse.Namespace, cut: int | None) -> list[AuditFindin
         events,
         truncated=truncated,
         cut=cut,
+        ties=known.ties,
         tolerance=known.resize_tolerance,
         implausible=known.implausible,
         seed=known.seed,

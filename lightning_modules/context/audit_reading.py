@@ -134,7 +134,10 @@ def read_embeddings(
 
 def _lists(path: Path, said: pl.Series) -> np.ndarray:
     if not isinstance(said.dtype, pl.List | pl.Array):
-        raise ValueError(f"{path}: column {said.name!r} must hold lists of numbers, got {said.dtype}")
+        raise ValueError(
+            f"{path}: column {said.name!r} must hold lists of numbers, got {said.dtype}; CSV has no lists: write "
+            "Parquet, or one number a column, e0, e1, ..., in its place"
+        )
     lists = said.cast(pl.List(pl.Float64))
     lengths = lists.list.len()
     wrong = (lengths.is_null() | (lengths != lengths[0]) | (lengths == 0)).fill_null(True).arg_true()

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from lightning_modules.context.audit_findings import AuditFinding, Status, moment
+from lightning_modules.context.audit_findings import AuditFinding, moment
 from lightning_modules.context.cross_fitting import Array, cross_fitted
+from lightning_modules.context.rules import Ties
 from lightning_modules.context.visible import MICROSECONDS_PER_DAY
 
 Integers = NDArray[np.int64]
@@ -68,14 +69,19 @@ class EmbeddingTable:
 
 
 class _Past:
-    """Where queries stand among the sorted events: composite keys of (user, rank of time)."""
+    """Where queries stand among the sorted events: composite keys of (user, rank of time).
 
-    def __init__(self, events: EventTable, table: EmbeddingTable) -> None:
+    ``times`` are the moments before which everything is known to a row, by the ties.
+    """
+
+    def __init__(self, events: EventTable, table: EmbeddingTable, ties: Ties) -> None:
         self.events = events
         self.moments = np.unique(events.times)
         self.size = len(self.moments) + 1
         self.keys = events.users * self.size + np.searchsorted(self.moments, events.times)
-        self.users, self.times = table.users, table.times
+        # Times are whole microseconds: what is known at t, ties included, lies before t + 1.
+        self.users, self.times = table.users, table.times + (ties == "inclusive")
+        self.ties = ties
         self.sorted_times = np.sort(events.times)
 
     def before(self, times: Integers) -> Integers:
@@ -85,6 +91,10 @@ class _Past:
     def before_of_all(self, times: Integers) -> Integers:
         return np.searchsorted(self.sorted_times, times)
 
+    def own_at_t(self) -> NDArray[np.bool_]:
+        """``(N,)``: rows whose user has an event at exactly t that the ties hide from them."""
+        return (self.before(self.times + 1) > self.before(self.times)) & (self.ties == "strict")
+
 
 def audit_table(
     table: EmbeddingTable,
@@ -92,6 +102,7 @@ def audit_table(
     *,
     truncated: EmbeddingTable | None = None,
     cut: int | None = None,
+    ties: Ties = "strict",
     tolerance: float = 1e-5,
     implausible: float = 0.5,
     n_rows: int = 4000,
@@ -99,49 +110,52 @@ def audit_table(
 ) -> list[AuditFinding]:
     """Audit a table of embeddings.
 
-    Checks: ``truncated events`` (exact, needs ``truncated``), ``own future`` and ``same moment`` (statistical),
-    ``before the first event`` and ``repeated rows``. The statistical ones are leaks where the share of the variance
-    that the past leaves open and the embedding explains exceeds ``implausible``: then either the future is in it, or
-    the process is nearly deterministic; below they are information. Truncated events decide: if that check is clean,
-    with at least 30 rows whose next own event it took away, ``own future`` is no leak.
+    Checks: ``truncated events`` (exact, needs ``truncated``), ``own future``, ``own event at t`` and ``same moment``
+    (statistical), ``before the first event`` and ``repeated rows``. The statistical ones are leaks where the share of
+    the variance that the past leaves open and the embedding explains exceeds ``implausible``: then either the future
+    is in it, or the process is nearly deterministic; below they are information.
+
+    With strict ties an own event at exactly the time t of a row is its future. Truncated events keep it wherever t is
+    before the cut, so rows that have one are a check of their own, ``own event at t``, which nothing clears. On the
+    other rows truncated events decide: if that check is clean, with at least 30 of these rows whose next own event it
+    took away, ``own future`` is no leak. With inclusive ties events at t are known, and there are no such rows.
 
     Args:
         table: Embeddings from all events.
         events: All events.
         truncated: Embeddings by the same pipeline from events before ``cut`` alone.
         cut: Microseconds.
+        ties: ``"strict"``: a row at t knows events before t; ``"inclusive"``: also those at t, as states after each
+            event do that are stamped with its time.
         tolerance: Greatest allowed difference, relative to max(1, |feature|), between the tables.
         implausible: Share above which a statistical finding is a leak, inside 0..1.
-        n_rows: Most rows of the statistics, drawn by ``seed``.
+        n_rows: Most rows of each statistic, drawn by ``seed``.
         seed: Of all draws.
 
     Raises:
         ValueError: If ``truncated`` has no row in common with ``table`` until the cut, comes without a cut, has
-            another width, or ``implausible`` is out of range.
+            another width, or ``implausible`` or ``ties`` is out of range.
     """
+    if ties not in ("strict", "inclusive"):
+        raise ValueError(f"ties must be 'strict' or 'inclusive', got {ties!r}")
     if not 0 < implausible < 1:
         raise ValueError(f"implausible must lie strictly between 0 and 1, got {implausible}")
-    findings = []
-    exact = None
+    exact, cleared = _no_truncated_table(), False
     if truncated is not None:
         if cut is None:
             raise ValueError("cut must be given with a table of truncated events, got None")
-        exact = compare_truncated(table, truncated, cut, tolerance)
-    findings.append(exact or _no_truncated_table())
+        exact = compare_truncated(table, truncated, cut, tolerance, ties)
+        cleared = exact.status == "clean" and _bites(table, truncated, events, cut, ties)
     random = np.random.default_rng(seed)
-    kept = table if len(table.users) <= n_rows else table.take(np.sort(random.choice(len(table.users), n_rows, False)))
-    cleared = exact is not None and exact.status == "clean" and _bites(table, events, cut)
-    findings += _associations(kept, events, implausible, cleared, random)
-    findings += [_before_first(table, events), _repeated(table)]
-    return findings
+    findings = [exact, *_associations(table, events, ties, implausible, cleared, n_rows, random)]
+    return [*findings, _before_first(table, events, ties), _repeated(table)]
 
 
-def _bites(table: EmbeddingTable, events: EventTable, cut: int | None) -> bool:
-    """Whether enough rows lost their next own event by the cut, so that looking ahead would have shown."""
-    assert cut is not None
-    past = _Past(events, table)
-    now, end = past.before(table.times), np.searchsorted(past.keys, (table.users + 1) * past.size)
-    lost = (table.times <= cut) & (now == past.before(np.full(len(table.times), cut))) & (now < end)
+def _bites(table: EmbeddingTable, truncated: EmbeddingTable, events: EventTable, cut: int, ties: Ties) -> bool:
+    """Whether enough compared rows lost their next own event by the cut, so that looking ahead would have shown."""
+    past = _Past(events, table.take(_common(table, truncated, cut, ties)[0]), ties)
+    now, end = past.before(past.times), np.searchsorted(past.keys, (past.users + 1) * past.size)
+    lost = (now == past.before(np.full(len(now), cut))) & (now < end) & ~past.own_at_t()
     return int(lost.sum()) >= LEAST_VARIED
 
 
@@ -153,11 +167,13 @@ def _no_truncated_table() -> AuditFinding:
     return AuditFinding("truncated events", "not checked", words=words)
 
 
-def compare_truncated(table: EmbeddingTable, truncated: EmbeddingTable, cut: int, tolerance: float) -> AuditFinding:
+def compare_truncated(
+    table: EmbeddingTable, truncated: EmbeddingTable, cut: int, tolerance: float, ties: Ties = "strict"
+) -> AuditFinding:
     """Compare embeddings of moments until ``cut``, made from all events and from events before ``cut`` alone.
 
-    Rows are matched by (user, time), repeated ones in their order. A query at the cut itself knows events before it,
-    so all rows with time <= cut must agree.
+    Rows are matched by (user, time), repeated ones in their order. With strict ties a query at the cut itself knows
+    events before it, so all rows with time <= cut must agree; with inclusive ties those with time < cut.
 
     Raises:
         ValueError: If widths differ or no row until the cut is in both tables.
@@ -166,24 +182,18 @@ def compare_truncated(table: EmbeddingTable, truncated: EmbeddingTable, cut: int
     if table.vectors.shape[1] != truncated.vectors.shape[1]:
         widths = table.vectors.shape[1], truncated.vectors.shape[1]
         raise ValueError(f"embeddings of truncated events must be as wide as the others, {widths[0]}, got {widths[1]}")
-    codes = {one: code for code, one in enumerate(table.names)}
-    rows = _places(table, np.arange(len(table.names)), cut)
-    found = _places(truncated, np.array([codes.get(one, -1) for one in truncated.names], dtype=np.int64), cut)
-    common = sorted(rows.keys() & found.keys())
-    if not common:
-        raise ValueError(
-            f"no row until the cut {moment(cut)} is in both tables: {len(rows)} and {len(found)} are there"
-        )
-    here, there = np.array([rows[key] for key in common]), np.array([found[key] for key in common])
+    here, there, counts = _common(table, truncated, cut, ties)
+    if not len(here):
+        raise ValueError(f"no row until the cut {moment(cut)} is in both tables: {counts[0]} and {counts[1]} are there")
     old, new = table.vectors[here], truncated.vectors[there]
     gaps = np.abs(old - new)
     wrong = gaps > tolerance * np.maximum(1, np.abs(old))
-    missing = len(rows) - len(common)
+    missing = counts[0] - len(here)
     apart = f"; {missing} rows until the cut have no counterpart" if missing else ""
     if not wrong.any():
         nearest = (cut - table.times[here].max()) / MICROSECONDS_PER_DAY
         words = (
-            f"{len(common)} embeddings until {moment(cut)}, the latest {nearest:.3g} days before it, are the same "
+            f"{len(here)} embeddings until {moment(cut)}, the latest {nearest:.3g} days before it, are the same "
             f"without later events{apart}"
         )
         return AuditFinding(name, "clean", float(gaps.max()), None, words)
@@ -195,33 +205,46 @@ def compare_truncated(table: EmbeddingTable, truncated: EmbeddingTable, cut: int
         f"{old[row, column]:.6g} with all events, {new[row, column]:.6g} with those before the cut"
     )
     words = (
-        f"{changed.sum()} of {len(common)} embeddings until the cut depend on events after it, "
+        f"{changed.sum()} of {len(here)} embeddings until the cut depend on events after it, "
         f"{distances.min():.3g} to {distances.max():.3g} days before it: near the cut alone the pipeline looks ahead, "
         f"everywhere it fits statistics or weights on later events{apart}"
     )
     return AuditFinding(name, "leak", float(gaps[wrong].max()), example, words)
 
 
-def _places(table: EmbeddingTable, codes: Integers, cut: int) -> dict[tuple[int, int, int], int]:
-    """(user, time, count of earlier rows of both) -> row, for rows until the cut."""
+def _common(
+    table: EmbeddingTable, truncated: EmbeddingTable, cut: int, ties: Ties
+) -> tuple[Integers, Integers, tuple[int, int]]:
+    """The rows of either table that the cut leaves comparable and both have, and how many each has."""
+    codes = {one: code for code, one in enumerate(table.names)}
+    last = cut - (ties == "inclusive")
+    rows = _places(table, np.arange(len(table.names)), last)
+    found = _places(truncated, np.array([codes.get(one, -1) for one in truncated.names], dtype=np.int64), last)
+    common = sorted(rows.keys() & found.keys())
+    here, there = ([one[key] for key in common] for one in (rows, found))
+    return np.array(here, dtype=np.int64), np.array(there, dtype=np.int64), (len(rows), len(found))
+
+
+def _places(table: EmbeddingTable, codes: Integers, last: int) -> dict[tuple[int, int, int], int]:
+    """(user, time, count of earlier rows of both) -> row, for rows until ``last``."""
     places: dict[tuple[int, int, int], int] = {}
     seen: dict[tuple[int, int], int] = {}
-    for row in np.flatnonzero((table.times <= cut) & (codes[table.users] >= 0)).tolist():
+    for row in np.flatnonzero((table.times <= last) & (codes[table.users] >= 0)).tolist():
         key = int(codes[table.users[row]]), int(table.times[row])
         places[(*key, seen.get(key, 0))] = row
         seen[key] = seen.get(key, 0) + 1
     return places
 
 
-def past_features(table: EmbeddingTable, events: EventTable, windows: Sequence[int]) -> Array:
-    """What simple features of the past tell: ``(N, ...)``, from events strictly before each row.
+def past_features(table: EmbeddingTable, events: EventTable, windows: Sequence[int], ties: Ties = "strict") -> Array:
+    """What simple features of the past tell: ``(N, ...)``, from events before each row, with inclusive ties also at it.
 
     Logarithms of 1 + the number of own events and of all events in each window, and of 1 + days since the last own
     event and since the first; the own last values as ranks; time as a line, and hour, weekday and day of the year as
     angles.
     """
-    past = _Past(events, table)
-    now, times = past.before(table.times), table.times
+    past = _Past(events, table, ties)
+    now, times = past.before(past.times), past.times
     start = past.before(np.full(len(times), past.moments[0]))
     last = np.maximum(now - 1, 0)
     has_past = now > start
@@ -243,30 +266,48 @@ def past_features(table: EmbeddingTable, events: EventTable, windows: Sequence[i
 
 
 def future_outcomes(
-    table: EmbeddingTable, events: EventTable, windows: Sequence[int]
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What an embedding must not know: own future, and what others do at exactly its moment.
+    table: EmbeddingTable, events: EventTable, windows: Sequence[int], ties: Ties = "strict"
+) -> dict[str, Array]:
+    """What an embedding must not know of its user: own events from t on, with inclusive ties after t.
 
     Returns:
-        Own future and same moment, each name -> ``(N,) float64``: own events in [t, t + window], days until the next
-        own event and its values, as ranks; events of others at exactly t and the sums of their values, as ranks.
-        Unknown values are NaN, outcomes that differ from their most frequent value in less than 30 rows left out.
+        Name -> ``(N,) float64``: own events in [t, t + window], days until the first of them and its values; of own
+        events at exactly t the last values and the sums; all but counts as ranks. Unknown values are NaN, outcomes
+        that differ from their most frequent value in less than 30 rows left out.
     """
-    past = _Past(events, table)
-    times, now = table.times, past.before(table.times)
+    past = _Past(events, table, ties)
+    times, now = past.times, past.before(past.times)
     end = np.searchsorted(past.keys, (table.users + 1) * past.size)
     has_next = now < end
     following = np.minimum(now, len(events.times) - 1)
+    following_event = "the own event at or after t" if ties == "strict" else "the next own event"
     own = {}
     for window in windows:
         count = past.before(times + window + 1) - now
         own[f"own events within {window / MICROSECONDS_PER_DAY:.3g} days"] = np.log1p(count).astype(np.float64)
-    own["days to the next own event"] = np.where(has_next, _ranks(events.times[following] - times, has_next), np.nan)
+    own[f"days to {following_event}"] = np.where(has_next, _ranks(events.times[following] - times, has_next), np.nan)
     for name, value in events.values.items():
-        own[f"{name} of the next own event"] = np.where(has_next, _ranks(value[following], has_next), np.nan)
+        own[f"{name} of {following_event}"] = np.where(has_next, _ranks(value[following], has_next), np.nan)
+    # Of several events at t, those of one day where times are dates, the first alone tells little.
+    at_t, right = past.own_at_t(), past.before(times + 1)
+    for name, value in events.values.items():
+        sums = np.concatenate([[0.0], np.cumsum(value)])
+        own[f"{name} of the last own event at t"] = np.where(at_t, _ranks(value[right - 1], at_t), np.nan)
+        own[f"sum of {name} of own events at t"] = np.where(at_t, _ranks(sums[right] - sums[now], at_t), np.nan)
+    return _varied(own)
+
+
+def moment_outcomes(table: EmbeddingTable, events: EventTable) -> dict[str, Array]:
+    """What an embedding must not know of others with strict ties: their events at exactly t.
+
+    Returns:
+        Name -> ``(N,) float64``: events of others at t and the sums of their values, as ranks; those that hardly vary
+        are left out as in :func:`future_outcomes`.
+    """
+    past = _Past(events, table, "strict")
+    now, own_right = past.before(past.times), past.before(past.times + 1)
     order = np.argsort(events.times, kind="stable")
-    left, right = (np.searchsorted(past.sorted_times, times, side) for side in ("left", "right"))
-    own_right = past.before(times + 1)
+    left, right = (np.searchsorted(past.sorted_times, past.times, side) for side in ("left", "right"))
     n_others = (right - left) - (own_right - now)
     others = {"events of others at the moment": np.log1p(n_others)}
     for name, value in events.values.items():
@@ -274,8 +315,8 @@ def future_outcomes(
         total = (sums[right] - sums[left]) - (own_sums[own_right] - own_sums[now])
         # Differences of sums leave a rounding error where there is nobody.
         total = np.where(n_others > 0, total, 0.0)
-        others[f"{name} of others at the moment"] = _ranks(total, np.ones(len(times), dtype=bool))
-    return _varied(own), _varied(others)
+        others[f"{name} of others at the moment"] = _ranks(total, np.ones(len(now), dtype=bool))
+    return _varied(others)
 
 
 def _varied(outcomes: dict[str, Array]) -> dict[str, Array]:
@@ -295,48 +336,90 @@ def _ranks(value: NDArray[np.float64] | Integers, known: NDArray[np.bool_]) -> A
 
 
 def _associations(
-    table: EmbeddingTable, events: EventTable, implausible: float, cleared: bool, random: np.random.Generator
+    table: EmbeddingTable,
+    events: EventTable,
+    ties: Ties,
+    implausible: float,
+    cleared: bool,
+    n_rows: int,
+    random: np.random.Generator,
 ) -> list[AuditFinding]:
     gaps = np.diff(events.times)[events.users[1:] == events.users[:-1]]
     gap = int(np.median(gaps[gaps > 0])) if (gaps > 0).any() else MICROSECONDS_PER_DAY
     windows = [max(gap // 4, 1), gap, 4 * gap]
-    past = past_features(table, events, windows)
+    at_t = _Past(events, table, ties).own_at_t()
+    kinds = {"own future": ~at_t}
+    if at_t.any():
+        kinds["own event at t"] = at_t
+    if not cleared and max(at_t.sum(), (~at_t).sum()) < LEAST_ROWS:
+        # Either kind alone is too little to say anything of.
+        kinds = {"own future": np.ones(len(at_t), dtype=bool)}
     found = []
-    for name, outcomes in zip(("own future", "same moment"), future_outcomes(table, events, windows), strict=True):
-        scores = {
-            outcome: explained(table, past, values, random)
-            for outcome, values in outcomes.items()
-            if np.isfinite(values).sum() >= LEAST_ROWS and len(np.unique(table.users[np.isfinite(values)])) >= 5
-        }
-        if not scores:
-            words = f"no outcome varies over at least {LEAST_ROWS} rows of 5 users"
-            found.append(AuditFinding(name, "not checked", words=words))
+    for name, kind in kinds.items():
+        if not kind.any():
+            found.append(AuditFinding(name, "not checked", words="every row has an own event at its time t"))
             continue
-        # The outcome that stands out most; its p-value times the number of outcomes (Bonferroni).
-        outcome, (share, z, p_value) = max(scores.items(), key=lambda one: one[1][1])
-        p_value = min(1.0, p_value * len(scores))
-        largest = max(scores.items(), key=lambda one: one[1][0])
-        numbers = f"{outcome}: {share:.3f} of the variance that the past leaves open, z = {z:.1f}, p = {p_value:.3f}"
-        if largest[1][0] > implausible:
-            numbers = (
-                f"{largest[0]}: {largest[1][0]:.3f} of the variance that the past leaves open, z = {largest[1][1]:.1f}"
+        some = _drawn(table.take(kind), n_rows, random)
+        past, outcomes = past_features(some, events, windows, ties), future_outcomes(some, events, windows, ties)
+        tied = bool((at_t & kind).any())
+        found.append(_told(name, some, past, outcomes, implausible, cleared and not tied, tied, random))
+    if ties == "inclusive":
+        words = "events at the moment of a row are declared as known"
+        return [*found, AuditFinding("same moment", "information", words=words)]
+    some = _drawn(table, n_rows, random)
+    past, outcomes = past_features(some, events, windows), moment_outcomes(some, events)
+    return [*found, _told("same moment", some, past, outcomes, implausible, False, True, random)]
+
+
+def _drawn(table: EmbeddingTable, n_rows: int, random: np.random.Generator) -> EmbeddingTable:
+    size = len(table.users)
+    return table if size <= n_rows else table.take(np.sort(random.choice(size, n_rows, False)))
+
+
+def _told(
+    name: str,
+    table: EmbeddingTable,
+    past: Array,
+    outcomes: dict[str, Array],
+    implausible: float,
+    cleared: bool,
+    tied: bool,
+    random: np.random.Generator,
+) -> AuditFinding:
+    """How well embeddings tell outcomes; ``tied`` ones may come from an event at t, which truncated events keep."""
+    scores = {
+        outcome: explained(table, past, values, random)
+        for outcome, values in outcomes.items()
+        if np.isfinite(values).sum() >= LEAST_ROWS and len(np.unique(table.users[np.isfinite(values)])) >= 5
+    }
+    if not scores:
+        words = f"of {len(table.users)} rows, no outcome varies over at least {LEAST_ROWS} of 5 users"
+        return AuditFinding(name, "not checked", words=words)
+    outcome, (share, z, _) = max(scores.items(), key=lambda one: one[1][0])
+    if share > implausible:
+        numbers = f"{outcome}: {share:.3f} of the variance that the past leaves open, z = {z:.1f}"
+        if cleared:
+            words = "the embedding tells what comes, yet it is the same without later events: a process easy to tell"
+            return AuditFinding(name, "information", share, numbers, words)
+        words = "the embedding tells what comes: the future is in it, or the process is nearly deterministic"
+        if tied:
+            words += "; truncated events do not clear it, they keep the events at t"
+        if tied and name != "same moment":
+            words += (
+                ", which strict ties count as future: a table of states after each event, stamped with its time, "
+                "is audited with --ties inclusive"
             )
-            words = "the embedding tells what comes: the future is in it, or the process is nearly deterministic"
-            status: Status = "information" if cleared and name == "own future" else "leak"
-            if status == "information":
-                words = (
-                    "the embedding tells what comes, yet it is the same without later events: a process easy to tell"
-                )
-            found.append(AuditFinding(name, status, largest[1][0], numbers, words))
-        elif z > CLEAR_Z:
-            words = (
-                "told better than by simple features of the past: a good embedding or a leak, truncated events decide"
-            )
-            found.append(AuditFinding(name, "information", share, numbers, words))
-        else:
-            words = f"not told beyond simple features of the past ({numbers}), which is no proof"
-            found.append(AuditFinding(name, "clean", share, None, words))
-    return found
+        return AuditFinding(name, "leak", share, numbers, words)
+    # The outcome that stands out most; its p-value times the number of outcomes (Bonferroni).
+    outcome, (share, z, p_value) = max(scores.items(), key=lambda one: one[1][1])
+    p_value = min(1.0, p_value * len(scores))
+    numbers = f"{outcome}: {share:.3f} of the variance that the past leaves open, z = {z:.1f}, p = {p_value:.3f}"
+    if z > CLEAR_Z:
+        words = "told better than by simple features of the past: a good embedding or a leak, "
+        words += "and truncated events keep those at t: they cannot decide" if tied else "truncated events decide"
+        return AuditFinding(name, "information", share, numbers, words)
+    words = f"not told beyond simple features of the past ({numbers}), which is no proof"
+    return AuditFinding(name, "clean", share, None, words)
 
 
 def explained(
@@ -379,13 +462,13 @@ def explained(
     return float(shares[0]), float(z), float((1 + (null >= shares[0]).sum()) / (1 + len(null)))
 
 
-def _before_first(table: EmbeddingTable, events: EventTable) -> AuditFinding:
+def _before_first(table: EmbeddingTable, events: EventTable, ties: Ties) -> AuditFinding:
     """Users without any past who are asked at the same moment know the same, unless something else is told apart."""
     name = "before the first event"
-    past = _Past(events, table)
-    nothing = past.before(table.times) == past.before(np.full(len(table.times), past.moments[0]))
+    past = _Past(events, table, ties)
+    nothing = past.before(past.times) == past.before(np.full(len(table.times), past.moments[0]))
     if not nothing.any():
-        return AuditFinding(name, "not checked", words="no row stands at or before its user's first event")
+        return AuditFinding(name, "not checked", words="no row stands before its user has any known event")
     rows = np.flatnonzero(nothing)
     rows = rows[np.argsort(table.times[rows], kind="stable")]
     same = (table.times[rows][1:] == table.times[rows][:-1]) & (table.users[rows][1:] != table.users[rows][:-1])

@@ -201,6 +201,18 @@ def test_tables_end_to_end(tmp_path, capsys, leaky, ending):
     assert said.startswith("leak         truncated events" if leaky else "clean        truncated events")
 
 
+@pytest.mark.parametrize(("ties", "leaks"), [("strict", {"own event at t"}), ("inclusive", set())])
+def test_ties_of_a_table(tmp_path, ties, leaks):
+    """The state after each event, stamped with its time, is known with inclusive ties alone."""
+    frame, _, write = events_and_tables(tmp_path, leaky=False)
+    table = frame.select("client", "when", pl.col("amount").alias("e0"))
+    arguments = ["--user_column", "client", "--time_column", "when", "--output", str(tmp_path / "found.json")]
+    files = ["--table", write(table, "table"), "--events", write(frame, "events")]
+    assert audit_main([*files, *arguments, "--ties", ties]) == len(leaks)
+    findings = json.loads((tmp_path / "found.json").read_text())
+    assert {finding["name"] for finding in findings if finding["status"] == "leak"} == leaks
+
+
 def test_both_formats_read_the_same(tmp_path):
     names = {"user_column": "client", "time_column": "when", "time_unit": None}
     read = {}
@@ -245,6 +257,7 @@ def test_times(tmp_path, said, unit, expected):
         ({"user": ["a"], "time": [5], "e0": [1.0]}, "column 'time' holds Int64: name their unit by time_unit"),
         ({"user": ["a"], "time": ["1970-01-02"], "x": [1.0]}, "no column 'embedding' .* and no columns e0, e1"),
         ({"user": ["a"], "time": ["1970-01-02"], "embedding": [1.0]}, "'embedding' must hold lists of numbers"),
+        ({"user": ["a"], "time": ["1970-01-02"], "embedding": ["[1.0]"]}, r"got String; .* or one number .* e0, e1, "),
         ({"user": ["a"] * 2, "time": ["1970-01-02"] * 2, "embedding": [[1.0], [1.0, 2.0]]}, "row 2: 2 numbers, 1 in"),
         ({"user": ["a"], "time": ["1970-01-02"], "e0": [float("nan")]}, "embedding, row 1: a number is missing or not"),
     ],
