@@ -34,9 +34,10 @@ class SASRecCCE(LightningModule):
     ``history_offsets (B + 1,)``. ``n_items``, ``max_length``, ``recommend_seen``, ``target`` and ``item_counts`` are
     facts of the data and linked by the CLI, never typed.
 
-    Logged: ``train/loss``, mean over positions of the injected loss; ``val/loss``, mean of the exact ``-log p(item)``
-    over the relevant items, from the last slot; ``val/<metric>@<k>``, ``test/<metric>@<k>``. Nothing is drawn in
-    evaluation, so its values do not depend on batches or processes.
+    Logged: ``train/loss``, mean over positions of the injected loss, or where ``repeat_mode`` acts of the mixture's
+    ``-log p``, into which that loss enters; ``val/loss``, mean of the exact ``-log p(item)`` over the relevant items,
+    from the last slot; ``val/<metric>@<k>``, ``test/<metric>@<k>``. Nothing is drawn in evaluation, so its values do
+    not depend on batches or processes.
 
     On R devices (``replicated``, or Lightning's ``ddp``) a step is that of one process on the joined batch: the mean is
     over the positions of all. Each process draws negatives of its own.

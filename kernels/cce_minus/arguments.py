@@ -427,7 +427,7 @@ def _checked_log_q(log_q: Proposal | Tensor | None, n_items: int, device: torch.
 def _check_possible(ids: Tensor, log_q: Tensor, name: str) -> None:
     """Refuse ids of zero probability: their importance weight would be infinite."""
     impossible = torch.isneginf(log_q)
-    if not bool(impossible.any()):
+    if not ids.numel() or not bool(impossible.any()):
         return
     for start in range(0, ids.shape[0], rows := max(1, (1 << 20) // max(1, ids[0].numel()))):
         hits = impossible[ids[start : start + rows].to(torch.int64)].nonzero()

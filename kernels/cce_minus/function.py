@@ -94,7 +94,9 @@ def cce_minus_loss(
             "triton" for CUDA tensors that are not float64, else "torch", and says so once at debug level. "triton"
             itself takes CPU tensors only where TRITON_INTERPRET=1 is set, and never falls back.
         deterministic: Whether gradients must be equal bit for bit from run to run. On CPU they always are. None
-            follows `torch.use_deterministic_algorithms`. On CUDA it costs time, and a fixed amount of memory.
+            follows `torch.use_deterministic_algorithms`. On CUDA it costs time and, on the Triton path, 256 MiB of
+            scratch or, where that is more, K (4 D + 48) bytes with shared negatives and 48 K without: for "all", with
+            K = V of 1 M and D of 256, 1.07 GB.
 
     Returns:
         The loss in float32 (float64 for float64 inputs), or the pair (loss, lse).

@@ -16,6 +16,8 @@ TABLE = Path(__file__).with_name("launch_settings.json")
 MAX_BLOCK_WIDTH = 256
 # CUDA cores multiply fp32 from registers, which a wider block would overflow.
 MAX_FP32_PRODUCT_WIDTH = 64
+# Larger numbers are not larger chips: after the majors of data centres, 12 is a consumer's again.
+_LARGE_MAJORS = (9, 10, 11)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ def settings_for(kernel: str, arch: str, width: int, dtype: str, n_positions: in
 
     Args:
         kernel: "position_forward", "position_backward", "tile_forward" or "tile_table".
-        arch: "sm_90", "gfx942", ...; an unknown one takes the nearest below it of its vendor. "interpreter" has its
-        own.
+        arch: "sm_90", "gfx942", ... A chip without rows takes those of the nearest below it, by number, in its family:
+            AMD; NVIDIA of majors 9 to 11, whose programs have 227 KiB of shared memory; NVIDIA of all other majors. So
+            sm_100, sm_103 and sm_110 take the rows of sm_90, and sm_86, sm_89, sm_120 and sm_121, with 99 KiB, those of
+            sm_80. "interpreter" has its own.
         width: D.
         dtype: "bf16", "fp16", "fp32" or, where fp32 operands may be rounded so, "tf32".
         n_positions: M, the positions given, kept or not.
@@ -82,12 +86,23 @@ def rows_of(arch: str) -> list[tuple[str, int, str, int | None]]:
 
 @functools.cache
 def _known_architecture(arch: str) -> str:
-    known = sorted({key[0] for key in _rows()})
+    known = {key[0] for key in _rows()}
     if arch in known:
         return arch
-    vendor = [name for name in known if name.startswith(arch.rstrip("0123456789abcdef_")[:2])] or known
-    below = [name for name in vendor if len(name) <= len(arch) and name <= arch]
-    return (below or vendor[:1])[-1]
+    alike = sorted((name for name in known if _family(name) == _family(arch)), key=_number)
+    below = [name for name in alike if _number(name) <= _number(arch)]
+    return below[-1] if below else alike[0]
+
+
+def _family(arch: str) -> str:
+    if arch.startswith("gfx"):
+        return "amd"
+    return "nvidia, 227 KiB" if _number(arch) // 10 in _LARGE_MAJORS else "nvidia"
+
+
+def _number(arch: str) -> int:
+    """Integers, because as strings "sm_100" comes before "sm_90"; AMD counts in base 16."""
+    return int(arch.removeprefix("gfx"), 16) if arch.startswith("gfx") else int(arch.removeprefix("sm_"))
 
 
 @functools.cache

@@ -100,7 +100,7 @@ def _rows_loss(e: Tensor, table: Tensor, rows: LossRows) -> tuple[Tensor, Tensor
             logits = logits - log_q[ids] - log_k[:, None]
             positive = positive - log_q[rows.targets] - log_k
         else:
-            log_rest = torch.log1p(-log_q.exp())[rows.targets]  # log(1 - q_y)
+            log_rest = torch.log(-torch.expm1(log_q))[rows.targets]  # log(1 - q_y)
             logits = logits - log_q[ids] + (log_rest - log_k)[:, None]
 
     # Rows without negatives are computed from zeros and then dropped: where() alone would let NaN gradients pass.

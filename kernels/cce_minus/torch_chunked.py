@@ -122,7 +122,7 @@ def chunked_forward(hidden: Tensor, table: Tensor, rows: LossRows) -> Forward:
         out.lse[here], out.margin[here], out.shift[here] = positive + gap, margin, positive + gap - log_scale
         if rows.correction == "improved_logq":
             # 1 - exp(z+) / Zhat = sigmoid(margin); at neg = -inf this is 0 times infinity, and means 0
-            out.loss[here] = torch.where(negative > -math.inf, torch.sigmoid(margin) * margin, 0.0)
+            out.loss[here] = torch.where(negative == -math.inf, 0.0, torch.sigmoid(margin) * margin)
         else:
             out.loss[here] = gap
     return out
@@ -277,8 +277,8 @@ def _log_scale(rows: LossRows, targets: Tensor, n_kept: Tensor, dtype: torch.dty
     if rows.log_q is None:
         scale += math.log(rows.n_items - 1)  # -log q + log(1 - q) for q = 1 / V
     else:
-        q_target = rows.log_q.index_select(0, targets).to(dtype).exp()
-        scale += torch.log1p(-q_target)
+        # by expm1: with exp(), of 1 - q for a q near 1 only the rounding of q would be left
+        scale += torch.log(-torch.expm1(rows.log_q.index_select(0, targets).to(dtype)))
     return torch.where(n_kept > 0, scale, 0.0)
 
 

@@ -8,7 +8,7 @@ Letters: M positions as given, N kept positions, D width, V items, K negatives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,10 @@ from kernels.cce_minus.triton_launches import (
 )
 
 DETERMINISTIC_BYTES = 256 << 20
-"""Scratch of a deterministic backward pass: pairs or rows of one chunk, with the buffers of their sort."""
+"""Scratch of a deterministic backward pass: pairs or rows of one chunk, with the buffers of their sort.
+
+A chunk is at least one position, or one segment of positions that share negatives, which may need more.
+"""
 
 _BYTES_PER_PAIR = 48  # id, weight, sorted id, order, and as much again inside the sort
 
@@ -121,8 +124,10 @@ def list_kept(inputs: LossInputs) -> tuple[Tensor, Tensor]:
 
 def _begin(inputs: LossInputs, saved: Saved, d_loss: Tensor | None = None, d_lse: Tensor | None = None) -> Pass:
     index, count = list_kept(inputs)
+    # a given correction may be float64, and to subtract it would turn the kernels' fp32 sums into float64
+    log_q = None if inputs.log_q is None else inputs.log_q.to(torch.float32)
     return Pass(
-        inputs=inputs,
+        inputs=replace(inputs, log_q=log_q),
         arch=architecture(inputs.hidden),
         index=index,
         count=count,
@@ -137,8 +142,9 @@ def _begin(inputs: LossInputs, saved: Saved, d_loss: Tensor | None = None, d_lse
 def _deterministic_backward(work: Pass, d_hidden: Tensor | None, d_table: Tensor) -> None:
     """Backward pass without atomics: rows of the table's gradient are listed, sorted by item and summed in order.
 
-    Chunks are cut by the number of positions given, which the host knows; their scratch stays within a byte budget
-    whatever N and K are.
+    Chunks are cut by the number of positions given, which the host knows, so as to keep their scratch within
+    `DETERMINISTIC_BYTES`. The least chunk is one position, of 48 K bytes, or one segment that shares negatives, of
+    K (4 D + 48), 1.07 GB for all of 1 M items at D 256: the bound is the larger of the two numbers, whatever N is.
     """
     inputs, device = work.inputs, d_table.device
     n_columns, n_items = inputs.n_columns, inputs.n_items

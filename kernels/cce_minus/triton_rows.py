@@ -79,6 +79,19 @@ def log1p(x):
 
 
 @triton.jit
+def log1mexp(x):
+    """log(1 - exp(x)) of x <= 0 without losing x near 0, where exp(x) rounds to a neighbour of 1.
+
+    There 1 - exp(x) = (1 - u) x / log u with u = exp(x) as rounded: whatever its error is, log u has it too.
+    """
+    u = tl.exp(x)
+    near = u > 0.5
+    log_u = tl.log(tl.where(near & (u != 1.0), u, 0.5))
+    rest = tl.where(u == 1.0, -x, (1.0 - u) * (x / log_u))
+    return tl.where(near, tl.log(tl.where(near, rest, 1.0)), log1p(-u))
+
+
+@triton.jit
 def add_to_sum(top, total, z):
     """Online log-sum-exp: take a block of logits (B, C) into the running maximum and sum (B,)."""
     new_top = tl.maximum(top, tl.max(z, 1))
@@ -109,11 +122,11 @@ def finish_rows(
             positive += log_scale
     else:
         if HAS_LOG_Q:
-            log_rest = log1p(-tl.exp(tl.load(log_q + y)))
+            log_rest = log1mexp(tl.load(log_q + y))
         else:
             log_rest = tl.zeros_like(positive) + tl.log((n_items - 1).to(tl.float32))
         log_scale = tl.where(n_kept > 0, log_rest - tl.log(tl.maximum(kept, 1.0)), 0.0)
-    some = total > 0.0
+    some = total != 0.0  # not > 0: a logit of NaN or inf makes the sum NaN, which is no row without negatives
     negative = tl.where(some, top + tl.log(tl.where(some, total, 1.0)) + log_scale, float("-inf"))
     margin = negative - positive
     gap = tl.maximum(margin, 0.0) + log1p(tl.exp(-tl.abs(margin)))

@@ -107,7 +107,7 @@ def tile_forward_kernel(
         tl.store(shift + place, row_shift, mask=valid)
     if NEEDS_DIRECTION:
         # total counts exp(z - top): with p = exp(z - shift) what is missing is exp(top - shift)
-        some = total > 0.0
+        some = total != 0.0  # NaN stays NaN, as in `finish_rows`
         scale = tl.where(some, tl.exp(tl.where(some, top - row_shift, 0.0)), 0.0)
         d = own + tl.arange(0, W)
         mask = valid[:, None] & (d < D)[None, :]

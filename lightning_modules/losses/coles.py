@@ -70,6 +70,9 @@ class CoLES(EventObjective):
         if self.training:
             everybody = JoinedRows(users)
             z, users = everybody.join(z), everybody.join(users)
+        else:  # the join leaves padding rows out; here they would be slices of one user more
+            counts = users >= 0
+            z, users = z[counts], users[counts]
         same = users.unsqueeze(1) == users
         first, second = torch.triu(same, 1).nonzero(as_tuple=True)
         anchor, negative = self._hard_negatives(z.detach(), same)

@@ -239,6 +239,76 @@ def test_fully_rejected_rows_cost_nothing(impl, sharing, correction):
         torch.testing.assert_close(a, b, **EXACT)
 
 
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_logit_that_is_no_number_makes_a_loss_that_is_none(impl, correction, bad):
+    hidden, table, _, _ = problem(n_items=8, shape=(6,), padding=False)
+    with torch.no_grad():
+        table[7, 0] = bad
+        hidden[:, 0] = torch.tensor([1.0, -1.0] * 3)  # a logit of +inf, then of -inf, which costs nothing
+    targets, ids = torch.arange(6), torch.arange(8).expand(6, 8)
+    loss = cce_minus_loss(
+        hidden, table, targets, negatives=ids, correction=correction, reduction="none", impl=impl
+    ).detach()
+    truth, _ = oracle(hidden, table, targets, ids, q=torch.full((8,), 1 / 8), correction=correction, reduction="none")
+    wrong = ~truth.detach().isfinite()
+    assert wrong.tolist() == ([True, False] * 3 if bad == math.inf else [True] * 6)
+    assert torch.equal(~loss.isfinite(), wrong)
+    torch.testing.assert_close(loss[~wrong], truth[~wrong].detach(), **EXACT)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_items_never_drawn_do_not_matter_where_nothing_is_kept(impl, correction, given):
+    hidden, table, targets, _ = problem(n_items=5)
+    proposal = Proposal.from_probabilities(torch.tensor([1.0, 1, 1, 1, 0]))
+    draw = {"negatives": torch.zeros(0, 4, dtype=torch.int64)} if given else {"n_negatives": 4, "seed": 1}
+    nothing = torch.full_like(targets, -100)
+    loss = cce_minus_loss(hidden, table, nothing, log_q=proposal, correction=correction, impl=impl, **draw)
+    assert float(loss.detach()) == 0
+    for gradient in torch.autograd.grad(loss, (hidden, table)):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("mass", [0.9999, 0.99999])
+def test_a_target_of_nearly_all_the_probability_keeps_its_digits(impl, sharing, mass):
+    hidden, table, _, _ = problem(n_items=9, width=8, shape=(40,), padding=False)
+    q = torch.full((9,), (1 - mass) / 8, dtype=torch.float64)
+    q[3] = mass
+    ids = torch.arange(9).expand(ids_shape(sharing, 40, 9))
+    kwargs = {"negatives": ids, "sharing": sharing, "tile_size": TILE, "reduction": "none"}
+    kwargs |= {"log_q": Proposal.from_probabilities(q)}
+    targets = torch.full((40,), 3)
+    ours = cce_minus_loss(hidden.float(), table.float(), targets, impl=impl, **kwargs)
+    truth = cce_minus_loss(hidden.float().double(), table.float().double(), targets, impl="reference", **kwargs)
+    # log q, log(1 - q) and logits, all within 20, are each rounded by up to 1e-6; 1 - exp(log q) would be off by 3e-4
+    torch.testing.assert_close(ours.double(), truth, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("correction", ["none", "logq"])
+def test_targets_as_negatives_are_the_in_batch_softmax(impl, correction):
+    """The example of the README: cross-entropy of (N, N) logits without accidental hits, and its logQ correction."""
+    hidden, table, targets, _ = problem(n_items=9)
+    counts = torch.bincount(targets[targets >= 0], minlength=9) + 1.0
+    log_q = (counts / counts.sum()).log().double()
+    ours = cce_minus_loss(
+        hidden, table, targets, negatives=targets[targets >= 0], sharing="batch", log_q=log_q, correction=correction,
+        impl=impl,
+    )  # fmt: skip
+    y = targets[targets >= 0]
+    logits, diagonal = hidden[targets >= 0] @ table[y].T, torch.eye(len(y), dtype=torch.bool)
+    hits = y == y[:, None]
+    assert (hits.sum(1) > 1).any()
+    if correction == "logq":
+        correct = -log_q[y] + (1 - log_q[y].exp()).log()[:, None] - (~hits).sum(1).double().log()[:, None]
+        logits = logits + torch.where(diagonal, 0.0, correct)
+    plain = F.cross_entropy(logits.masked_fill(hits & ~diagonal, -math.inf), torch.arange(len(y)))
+    torch.testing.assert_close(ours, plain, **EXACT)
+    for a, b in zip(*(torch.autograd.grad(loss, (hidden, table)) for loss in (ours, plain)), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("empty", ["all ignored", "no positions", "zero weights", "weights summing to zero"])

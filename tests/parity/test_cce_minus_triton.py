@@ -277,6 +277,75 @@ def test_huge_logits_stay_finite(sharing, correction):
         torch.testing.assert_close(a.double(), b, rtol=6e-5, atol=6e-5)
 
 
+@pytest.mark.parametrize("sharing", [*PRODUCT["sharing"], "all"])
+@pytest.mark.parametrize("correction", PRODUCT["correction"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_logit_that_is_no_number_makes_a_loss_that_is_none(bad, correction, sharing):
+    hidden, table = torch.randn(6, 5, device=DEVICE), torch.randn(8, 5, device=DEVICE)
+    table[7, 0] = bad
+    hidden[:, 0] = torch.tensor([1.0, -1.0] * 3)  # a logit of +inf, then of -inf, which costs nothing
+    targets = torch.arange(6, device=DEVICE)
+    kwargs = {"n_negatives": "all"} if sharing == "all" else {"n_negatives": 60, "seed": 1, "sharing": sharing}
+    kwargs |= {"correction": correction, "reduction": "none"}
+    truth = cce_minus_loss(hidden, table, targets, impl="reference", **kwargs)
+    hidden.requires_grad_()
+    ours = cce_minus_loss(hidden, table, targets, impl="triton", **kwargs)
+    (gradient,) = torch.autograd.grad(ours.sum(), hidden)
+    ours, wrong = ours.detach(), ~truth.isfinite()
+    assert wrong.tolist() == ([True, False] * 3 if bad == math.inf else [True] * 6)
+    assert torch.equal(~ours.isfinite(), wrong)
+    # float32: sums of up to 60 exponentials, each rounded by 6e-8
+    torch.testing.assert_close(ours[~wrong], truth[~wrong], rtol=1e-5, atol=2e-5)
+    assert not gradient[wrong].isfinite().any()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("sharing", PRODUCT["sharing"])
+def test_a_given_correction_reaches_every_kernel_in_float32(plain_case, sharing, deterministic, monkeypatch):
+    """The interpreter takes float64 too; for a GPU, loops whose sums change their dtype do not compile."""
+    case = plain_case | {"sharing": sharing, "source": "given int64", "deterministic": deterministic}
+    hidden, table, targets, weight = problem(case)
+    log_q = torch.arange(1, 41, dtype=torch.float64, device=DEVICE).log().log_softmax(0)
+    planned, run = [], triton_launches.Launch.run
+    monkeypatch.setattr(triton_launches.Launch, "run", lambda launch: (planned.append(launch), run(launch)))
+    options = draw_options(case, targets) | {"log_q": log_q}
+    _, ours = compute(hidden, table, targets, weight, case, options, "triton")
+    read = [launch.arguments["log_q"] for launch in planned if "log_q" in launch.arguments]
+    assert [x.dtype for x in read] == [torch.float32] * 2  # the forward pass, and the backward one
+    _, truth = compute(hidden, table, targets, weight, case, options, "reference")
+    for name in ours:
+        torch.testing.assert_close(ours[name], truth[name], rtol=2e-5, atol=3e-5)  # as in `check`
+
+
+@pytest.mark.parametrize("sharing", PRODUCT["sharing"])
+def test_items_never_drawn_do_not_matter_where_nothing_is_kept(sharing):
+    hidden, table = torch.randn(9, 5, device=DEVICE, requires_grad=True), torch.randn(6, 5, device=DEVICE)
+    ids = torch.zeros({"position": (0, 4), "tile": (0, 4), "batch": (4,)}[sharing], dtype=torch.int64, device=DEVICE)
+    log_q = torch.tensor([1.0, 1, 1, 1, 0, 0], device=DEVICE).div(4).log()
+    loss = cce_minus_loss(
+        hidden, table, torch.full((9,), -100, device=DEVICE), negatives=ids, log_q=log_q, sharing=sharing, impl="triton"
+    )  # fmt: skip
+    assert loss.item() == 0
+    assert not torch.autograd.grad(loss, hidden)[0].any()
+
+
+@pytest.mark.parametrize("sharing", PRODUCT["sharing"])
+@pytest.mark.parametrize("mass", [0.9999, 0.99999])
+def test_a_target_of_nearly_all_the_probability_keeps_its_digits(sharing, mass):
+    q = torch.full((9,), (1 - mass) / 8, dtype=torch.float64, device=DEVICE)
+    q[3] = mass
+    proposal = Proposal.from_probabilities(q)
+    hidden, table = torch.randn(40, 8, device=DEVICE) / 8**0.5, torch.randn(9, 8, device=DEVICE)
+    ids = torch.arange(9, device=DEVICE)
+    ids = ids if sharing == "batch" else ids.expand({"position": 40, "tile": 2}[sharing], 9)
+    kwargs = {"negatives": ids, "sharing": sharing, "tile_size": TILE, "log_q": proposal, "reduction": "none"}
+    targets = torch.full((40,), 3, device=DEVICE)
+    ours = cce_minus_loss(hidden, table, targets, impl="triton", **kwargs)
+    truth = cce_minus_loss(hidden.double(), table.double(), targets, impl="reference", **kwargs)
+    # log q, log(1 - q) and logits, all within 14, are each rounded by up to 1e-6; 1 - exp(log q) would be off by 3e-4
+    torch.testing.assert_close(ours.double(), truth, rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize("sharing", PRODUCT["sharing"])
 @pytest.mark.parametrize("alias", [False, True])
 def test_kernels_draw_the_ids_of_every_other_path(plain_case, sharing, alias):

@@ -13,7 +13,7 @@ import triton.language as tl
 from kernels.cce_minus import Proposal
 from kernels.cce_minus.negatives import DrawnNegatives
 from kernels.cce_minus.philox import MASK, PhiloxStream
-from kernels.cce_minus.triton_rows import ALIAS, UNIFORM, element_offsets, log1p, negative_ids
+from kernels.cce_minus.triton_rows import ALIAS, UNIFORM, element_offsets, log1mexp, log1p, negative_ids
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -42,6 +42,12 @@ def offsets_kernel(out, rows, columns, row_stride, column_stride, B: tl.constexp
 def log1p_kernel(out, x, B: tl.constexpr):
     b = tl.arange(0, B)
     tl.store(out + b, log1p(tl.load(x + b)))
+
+
+@triton.jit
+def log1mexp_kernel(out, x, B: tl.constexpr):
+    b = tl.arange(0, B)
+    tl.store(out + b, log1mexp(tl.load(x + b)))
 
 
 @pytest.mark.parametrize("n_items", [3, 1000, 2**24 + 3])
@@ -82,3 +88,14 @@ def test_log1p_keeps_small_numbers():
     log1p_kernel[(1,)](out, x.to(DEVICE), B=16)
     expected = [math.log1p(v) if v > -1 else -math.inf for v in x.double().tolist()]
     torch.testing.assert_close(out.cpu().double(), torch.tensor(expected).double(), rtol=1e-6, atol=0)
+
+
+def test_log1mexp_keeps_its_digits_at_both_ends():
+    x = torch.tensor(
+        [0.0, -1e-30, -3e-9, -6e-8, -1e-6, -1e-5, -1e-4, -0.01, -0.3, -0.69, -0.7, -2.0, -9.0, -20.0, -99.0, -math.inf]
+    )
+    out = torch.empty(16, device=DEVICE)
+    log1mexp_kernel[(1,)](out, x.to(DEVICE), B=16)
+    expected = [math.log(-math.expm1(v)) if v else -math.inf for v in x.double().tolist()]
+    # float32: the rounding of exp(x), of two quotients and of a logarithm within 70
+    torch.testing.assert_close(out.cpu().double(), torch.tensor(expected).double(), rtol=5e-7, atol=1e-7)
