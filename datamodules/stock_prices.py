@@ -292,11 +292,8 @@ class StockPricesDataModule(LightningDataModule):
 
         index: Array | None = None
         if self._index_paths is not None:
-            files = resolve_paths(self._index_paths, argument="index_paths", endings=TABLE_ENDINGS)
-            known = read_index(files, self._columns.date, self._index_column)
             # The return of the first day of the train window starts from the close before it.
-            used = max(periods.train_start - 1, 0)
-            index, more = aligned_index(dates, *known, self._max_fill_days, files[0].name, used)
+            index, more = self._index_on(dates, max(periods.train_start - 1, 0), self._index_paths)
             flags += more
         member = np.ones(prices.shape, dtype=bool)
         if self._membership_path is not None:
@@ -346,6 +343,20 @@ class StockPricesDataModule(LightningDataModule):
             flags=tuple(flags),
             index_is_price=self._index_is_price,
         )
+
+    def _index_on(self, dates: Days, used: int, paths: str | list[str]) -> tuple[Array, list[str]]:
+        files = resolve_paths(paths, argument="index_paths", endings=TABLE_ENDINGS)
+        try:
+            known = read_index(files, self._columns.date, self._index_column)
+            return aligned_index(dates, *known, self._max_fill_days, files[0].name, used)
+        except ValueError as error:
+            if "bundled:" not in str(paths):
+                raise
+            # Prices of one's own beside the index of a config that was written for bundled ones.
+            raise ValueError(
+                f"{error}; index_paths is the bundled index {paths!r}: give one of these prices, or index_paths: null "
+                "for none"
+            ) from error
 
     def _periods(self, dates: Days) -> tuple[Fold, list[str]]:
         return periods_of(

@@ -34,6 +34,7 @@ from lightning_modules.run_folder import (
     newest_run,
     newest_unfinished_run,
     read_fit_facts,
+    refuse_taken,
     remove_drafts,
 )
 
@@ -77,6 +78,7 @@ _USERS_RUNTIME_ERRORS = ("Error(s) in loading state_dict", "Early stopping condi
 _OTHERS_WAIT = 5.0  # seconds
 _LONGEST = 470  # signs of a line that somebody reads
 TRACEBACK_VARIABLE = "SEQLIT_TRACEBACK"
+_COMMANDS = ("fit", "validate", "test", "predict", "audit", "search")  # the parser knows the first four
 # Some injected classes are dataclasses with subclasses, such as objectives of attacks. Once: a second call is refused.
 set_parsing_settings(subclasses_enabled=["is_pure_dataclass"])
 
@@ -87,6 +89,8 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if ex is not None and os.environ.get(TRACEBACK_VARIABLE):
             raise ex
+        if "subcommand" in message:  # misspelt or missing
+            message = re.sub(r"(?<=choose from ).*(?=\))|(?<=one of \{).*(?=\})", ", ".join(_COMMANDS), message)
         _fail(_missing_extra(message) or message)
 
 
@@ -164,10 +168,15 @@ class SeqlitCLI(LightningCLI):
             raise ValueError(f"trainer: {error}") from error
 
     def _choose_run(self, config: Any) -> None:
-        logger = _run_logger(config.trainer.logger)
+        logger, asked = _run_logger(config.trainer.logger), config.ckpt_path
+        if self.subcommand == "fit" and asked == "best":
+            raise ValueError("ckpt_path: a fit goes on from last or from the path of a checkpoint, got best")
         if logger is None:
+            if self.subcommand != "fit" and asked in (None, "best", "last"):
+                raise ValueError(
+                    "ckpt_path: name a checkpoint: without a RunLogger as trainer.logger none is looked up"
+                )
             return
-        asked = config.ckpt_path
         root = Path(logger.init_args.save_dir) / logger.init_args.name
 
         def resolved() -> Any:
@@ -182,6 +191,8 @@ class SeqlitCLI(LightningCLI):
                 if _rank() == 0:
                     remove_drafts(run)
                     drop_rows_after(run, last)
+            elif logger.init_args.version is not None:
+                refuse_taken(Path(RunLogger(**logger.init_args.as_dict()).log_dir))
             return
         if asked in (None, "best", "last"):
             checkpoint = LAST if asked == "last" else BEST

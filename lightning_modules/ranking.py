@@ -54,7 +54,8 @@ def order_keys(scores: Tensor, ids: Tensor) -> Tensor:
     Returns:
         ``(..., C) int64`` keys, distinct for distinct ids.
     """
-    bits = (scores + 0.0).view(torch.int32)
+    # Under a precision such as 64-true or bf16-true another dtype is the default.
+    bits = (scores.float() + 0.0).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return ordered.to(torch.int64).mul_(_ID_SPAN).add_(_ID_SPAN - 1 - ids)
 

@@ -1,8 +1,9 @@
 """Where a run leaves its things, and how a later command finds them again.
 
 ``runs/<method>/version_<n>/`` holds ``config.yaml`` (resolved), ``metrics.csv``, ``fit.json``,
-``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``, and after ``test`` the folder ``report/``. A run belongs to a
-config when both resolve to the same experiment (:mod:`lightning_modules.run_identity`).
+``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``, and after ``test`` the folder ``report/``. Results of a part
+of the data, as of ``trainer.limit_test_batches``, go into ``partial/`` instead. A run belongs to a config when both
+resolve to the same experiment (:mod:`lightning_modules.run_identity`).
 """
 
 import csv
@@ -163,6 +164,19 @@ def newest_unfinished_run(root: Path, config: Mapping[str, Any], asked: Mapping[
     raise NothingToResumeError(f"{message} (exit status {NOTHING_TO_RESUME}: there is nothing to resume)")
 
 
+def refuse_taken(run: Path) -> None:
+    """See that a fresh fit into this folder overwrites no other run.
+
+    Raises:
+        ValueError: If there are a config or checkpoints.
+    """
+    if (run / "config.yaml").exists() or any((run / "checkpoints").glob("*")):
+        raise ValueError(
+            f"{run} holds a run already: go on with it by --ckpt_path last, or choose another "
+            "trainer.logger.init_args.version (null: the next free number)"
+        )
+
+
 def mark_running(run: Path, *, running: bool) -> None:
     """Write who is at work on a run, or take the note away; one of a process that was killed stays behind."""
     if running:
@@ -236,6 +250,7 @@ class RunLogger(CSVLogger):
 
     def __init__(self, save_dir: str = "runs", name: str = "default", version: int | str | None = None) -> None:
         super().__init__(save_dir, name=name, version=version)
+        self._is_numbered = version is None
         self._made: list[Path] = []  # folders, from that of the run up
 
     @property
@@ -243,9 +258,25 @@ class RunLogger(CSVLogger):
     def experiment(self) -> Any:
         """The writer behind ``log_metrics``."""
         if self._experiment is None:
-            self._made = _make(Path(self.log_dir))
+            self._made = self._make_folder()
             self._experiment = _AppendingWriter(self.log_dir)
         return self._experiment
+
+    def _make_folder(self) -> list[Path]:
+        """Make the run folder: it and those above that were not there; none where a given one is gone on with."""
+        parent = Path(self.log_dir).parent
+        above = [path for path in (parent, *parent.parents) if not path.exists()]
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = Path(self.log_dir)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                if not self._is_numbered:
+                    return []
+                self._version = int(self.version) + 1  # another process was faster
+            else:
+                return [folder, *above]
 
     def log_hyperparams(self, params: Any = None) -> None:
         """Nothing: ``config.yaml`` holds them all."""
@@ -261,17 +292,6 @@ class RunLogger(CSVLogger):
                 parent.rmdir()
             except OSError:  # others have written there in the meantime
                 return
-
-
-def _make(folder: Path) -> list[Path]:
-    """Make a folder. It and those above it that were not there, none if another process was faster."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return []
-    return missing
 
 
 def drop_rows_after(run: Path, checkpoint: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """What makes two configs the same experiment, so that a later command takes up the right run.
 
 Counted are model, data and seed, and of the trainer what decides the numbers: precision, clipping and accumulation of
-gradients, and callbacks that take part in training. Not counted is what only `predict` reads, and what only decides how
+gradients, batches of training and validation that are left out or overfitted, and callbacks that take part in training.
+Not counted is what only `predict` reads, and what only decides how
 fast things go, where and how often they are written, or how long a run goes on: devices, nodes, strategy, loggers,
 progress bars, limits of epochs, steps and time. A trainer's values at their defaults are left out, so that runs which
 do not name them are found too.
@@ -55,6 +56,11 @@ def _of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
             found["gradient_clip_algorithm"] = trainer["gradient_clip_algorithm"]
     if trainer.get("accumulate_grad_batches") not in (None, 1):
         found["accumulate_grad_batches"] = trainer["accumulate_grad_batches"]
+    for key in ("limit_train_batches", "limit_val_batches"):
+        if trainer.get(key) is not None and repr(trainer[key]) != "1.0":  # all batches, where 1 is a single one
+            found[key] = trainer[key]
+    if trainer.get("overfit_batches"):
+        found["overfit_batches"] = trainer["overfit_batches"]
     given = trainer.get("callbacks") or []
     counts: dict[str, int] = {}
     for callback in given if isinstance(given, list) else [given]:

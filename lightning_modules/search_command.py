@@ -10,6 +10,7 @@ gets a SIGTERM, like from an agent, and leaves a whole run. What comes after ``-
 import argparse
 import csv
 import io
+import itertools
 import json
 import shlex
 import signal
@@ -137,7 +138,7 @@ def search(
     import optuna
     from optuna.trial import TrialState
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns of a failed trial by its traceback; here it is a line
     stopping = stopping or threading.Event()
     _check_overrides(sweep, overrides)
     study = _study(sweep, storage, seed)
@@ -184,9 +185,12 @@ def search(
             study.stop()
 
     left = n_trials - sum(_is_made(trial) for trial in study.get_trials())
+    if sweep.method == "grid":
+        left = _enqueue_points(study, sweep, left)
     if left > 0:
         study.optimize(objective, n_trials=left, n_jobs=jobs, catch=(TrialFailed,), callbacks=[say])
-    _finish(study.get_trials(), sweep, home)
+    begun = [trial for trial in study.get_trials() if trial.state != TrialState.WAITING]
+    _finish(begun, sweep, home)
     return 130 if stopping.is_set() else 0
 
 
@@ -224,17 +228,30 @@ def _study(sweep: Sweep, storage: str | None, seed: int) -> Any:
     except Exception as error:  # of whatever stands between Optuna and the file
         raise ValueError(f"search: {storage} is no file of a search: {str(error).splitlines()[0]}") from error
     seed += len(study.trials)  # a second sitting must not draw the same values again
-    match sweep.method:
-        case "bayes":
-            study.sampler = optuna.samplers.TPESampler(seed=seed)
-        case "random":
-            study.sampler = optuna.samplers.RandomSampler(seed=seed)
-        case "grid":
-            study.sampler = optuna.samplers.GridSampler(sweep.grid(), seed=seed)
+    # The points of a grid are not drawn, but enqueued.
+    sampler = optuna.samplers.TPESampler if sweep.method == "bayes" else optuna.samplers.RandomSampler
+    study.sampler = sampler(seed=seed)
     study.pruner = optuna.pruners.NopPruner()
     if sweep.min_iter is not None:
         study.pruner = optuna.pruners.SuccessiveHalvingPruner(sweep.min_iter, reduction_factor=sweep.eta)
     return study
+
+
+def _enqueue_points(study: Any, sweep: Sweep, n_trials: int) -> int:
+    """Have trials wait for points of the grid that none has made; how many are to be made, at most ``n_trials``.
+
+    Optuna's own sampler of grids takes a trial that was stopped or killed for one that was made.
+    """
+    waiting = [trial for trial in study.get_trials() if trial.state.name == "WAITING"]  # of a sitting that was stopped
+    made = [trial for trial in study.get_trials() if _is_made(trial)]
+    known = [trial.user_attrs.get("point", trial.params) for trial in (*waiting, *made)]
+    grid = sweep.grid()
+    points = (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
+    missing = (point for point in points if point not in known)
+    fresh = list(itertools.islice(missing, max(0, n_trials - len(waiting))))
+    for point in fresh:
+        study.enqueue_trial(point, user_attrs={"point": point})
+    return min(n_trials, len(waiting) + len(fresh))
 
 
 def _check_same(study: Any, said: dict[str, Any], storage: str | None) -> None:
@@ -272,7 +289,6 @@ _STATES = {
     "PRUNED": "ended early",
     "FAIL": "failed",
     "RUNNING": "running",
-    "WAITING": "waiting",
 }
 
 

@@ -126,8 +126,8 @@ class Sweep:
     eta: int = 3
 
     def arguments(self, values: Mapping[str, Any]) -> list[str]:
-        """Arguments of ``seqlit`` for drawn values, as wandb's agent writes them."""
-        drawn = [f"--{key}={value}" for key, value in values.items()]
+        """Arguments of ``seqlit`` for drawn values, as wandb's agent writes them, but for None: that is ``null``."""
+        drawn = [f"--{key}={'null' if value is None else value}" for key, value in values.items()]
         return [one for word in self.command for one in (drawn if word == ARGUMENTS else [word])]
 
     def grid(self) -> dict[str, list[Any]]:

@@ -209,12 +209,19 @@ class TDAPortfolioClusterer(LightningModule):
         return self.representation.loss(windows)  # type: ignore[operator]
 
     def setup(self, stage: str) -> None:
-        """See that every process holds the whole model.
+        """See that every process holds the whole model, and that prices keep their digits.
 
         Raises:
-            ValueError: Under a strategy that splits it, or with several processes under another than ``replicated``.
+            ValueError: Under a strategy that splits the model, with several processes under another than
+                ``replicated``, or with a precision of 16 bits for all floats.
         """
         require_replicas(self.trainer)
+        precision = self.trainer.precision
+        if precision in ("16-true", "bf16-true"):  # Lightning casts batches too, and with them the panel of prices
+            raise ValueError(
+                f"trainer.precision must not be {precision}, which rounds prices to 16 bits: "
+                f"{precision.removesuffix('true')}mixed keeps them"
+            )
 
     def on_train_epoch_start(self) -> None:
         """Forget the losses of the last epoch."""

@@ -39,7 +39,8 @@ def run(config: str, seed: int, overrides: list[str]) -> dict[str, Any]:
             folder = re.search(r"run folder (.+)", "".join(lines))
     if folder is None:
         sys.exit("seqlit fit named no run folder")
-    return json.loads((Path(folder[1]) / "report" / "metrics.json").read_text(encoding="utf-8"))
+    # below partial/ where a limit of the trainer left out batches of the test
+    return json.loads(next(Path(folder[1]).rglob("report/metrics.json")).read_text(encoding="utf-8"))
 
 
 def spread(values: list[float]) -> str:

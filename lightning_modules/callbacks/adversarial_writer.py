@@ -1,6 +1,5 @@
 """Adversarial series to Parquet, with their course."""
 
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -8,6 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.attacks.class_losses import decisions
 from lightning_modules.attacks.study import AdversarialSeries
+from lightning_modules.callbacks.results_folder import results_folder
 from lightning_modules.collectives import from_first, gather_objects
 from lightning_modules.run_folder import write_parquet
 
@@ -92,10 +92,11 @@ class AdversarialSeriesWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write."""
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "adversarial_series.parquet"  # a collective
+        folder = results_folder(trainer)  # a collective
         frames = [frame for kept in gather_objects(self._frames) for frame in kept]
         self._frames = []
-        if frames:
+        if frames and folder is not None:
+            path = folder / "adversarial_series.parquet"
             from_first(
                 lambda: write_parquet(path, pl.concat(frames).sort("index", maintain_order=True), "adversarial series")
             )

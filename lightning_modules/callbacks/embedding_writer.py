@@ -7,6 +7,7 @@ import polars as pl
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_modules.callbacks.results_folder import results_folder
 from lightning_modules.collectives import from_first
 from lightning_modules.context.evaluation import Embeddings
 from lightning_modules.run_folder import write_parquet
@@ -51,6 +52,7 @@ def _lists(name: str, vectors: Tensor, users: pl.Series) -> pl.Series:
 class EmbeddingWriter(Callback):
     """Writes what ``predict`` gives to ``embeddings.parquet`` in the run folder, whole or not at all.
 
+    With :class:`~lightning_modules.KernelAttentionAggregator` these are the test queries of the first target alone.
     Columns are those of :func:`embeddings_frame`. Of several processes the first has all embeddings and writes.
     """
 
@@ -87,11 +89,14 @@ class EmbeddingWriter(Callback):
         Raises:
             ValueError: If a number of an embedding is not finite; in every process.
         """
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "embeddings.parquet"  # a collective
-        from_first(lambda: self._write(path))
+        folder = results_folder(trainer)  # a collective
+        if folder is not None:
+            from_first(lambda: self._write(folder / "embeddings.parquet"))
 
     def _write(self, path: Path) -> None:
         if not self._found:
             return
         frame = pl.concat([embeddings_frame(found) for found in self._found])
-        write_parquet(path, frame, "embeddings")
+        first = self._found[0]
+        asked = f"{frame['user'].n_unique()} of {first.n_users} users: test queries of target {first.target!r}"
+        write_parquet(path, frame, f"embeddings ({asked})")

@@ -165,19 +165,16 @@ def _shades(colour: str, n: int) -> list[tuple[float, ...]]:
 def weights(path: Path, study: Study, n_named: int = 24) -> None:
     """Weights of the model in charge bought at each rebalance, stocks of a cluster in shades of one colour.
 
-    Refits rename clusters: a stock is coloured by the cluster in which it had most weight over all rebalances.
+    Clusters are those of the first rebalance, as in all other pictures: each refit numbers its own anew by size.
     """
     plan, bought = study.model.plan, study.model.track.targets
     assert plan is not None  # only the index has none
     held = np.flatnonzero(bought.max(0) > 0)
     targets = bought[:, held]
     size = targets.mean(0)
-    labels = np.full(targets.shape, -1)
-    for row, decision in enumerate(plan.decisions):
-        if decision.labels is not None:
-            labels[row] = decision.labels[held]
-    groups = np.unique(labels)
-    cluster = groups[np.argmax([(targets * (labels == group)).sum(0) for group in groups], axis=0)]
+    clusters = np.full(len(study.market.tickers), -1)
+    clusters[study.columns] = study.labels
+    cluster = clusters[held]
     order = np.lexsort((-size, cluster))
     named = set(np.argsort(-size, kind="stable")[:n_named].tolist())
     days = np.append(study.market.dates[plan.rows], study.dates[-1])
@@ -194,20 +191,20 @@ def weights(path: Path, study: Study, n_named: int = 24) -> None:
     entries = [
         Patch(
             color=colours[place],
-            label=f"{study.market.tickers[held[place]]}, cluster {cluster[place]}: {size[place]:.1%}",
+            label=f"{study.market.tickers[held[place]]}, "
+            f"{'no cluster' if cluster[place] < 0 else f'cluster {cluster[place]}'}: {size[place]:.1%}",
         )
         for place in order[::-1]
         if place in named
     ]
     shown = f"all {len(held)}" if len(held) <= n_named else f"the {n_named} largest of {len(held)}"
-    refitted = (labels != labels[0]).any()
     axes.legend(
         handles=entries,
         frameon=False,
         fontsize=8,
         loc="upper left",
         bbox_to_anchor=(1, 1),
-        title=f"mean weight, {shown}" + ("\n(cluster of most weight)" if refitted else ""),
+        title=f"mean weight, {shown}\n(cluster at the first rebalance)",
     )
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))

@@ -58,17 +58,20 @@ def sentences(found: Findings) -> list[str]:
     said.append(
         f"{spent}Seed {found['seed']}. Intervals: stationary bootstrap of days, mean block 10, {found['n_resamples']} "
         f"resamples, the same days for all methods; they hold the clusters fixed. Risk-free {found['risk_free']:.1%} a "
-        f"year. The index is not traded and pays no costs; {_index(found)}."
+        f"year.{_index(found)}"
     )
     return [line for paragraph in said for line in (paragraph, "")][:-1]
 
 
 def _index(found: Findings) -> str:
+    if all(arm["kind"] != "index" for arm in found["arms"].values()):
+        return ""
+    said = " The index is not traded and pays no costs; "
     if not found["index_is_price"]:
-        return "if its file is a price index (data.init_args.index_is_price), it also lacks dividends"
+        return f"{said}if its file is a price index (data.init_args.index_is_price), it also lacks dividends."
     return (
-        "it is a price index, without dividends. Beside prices adjusted for dividends its return and Sharpe ratio are "
-        "too low, and every alpha against it holds about the dividend yield of the market"
+        f"{said}it is a price index, without dividends. Beside prices adjusted for dividends its return and Sharpe "
+        "ratio are too low, and every alpha against it holds about the dividend yield of the market."
     )
 
 

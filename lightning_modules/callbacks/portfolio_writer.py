@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_modules.callbacks.results_folder import results_folder
 from lightning_modules.collectives import from_first
 from lightning_modules.run_folder import drafted, write_parquet
 from lightning_modules.tda_portfolio import Advice
@@ -84,8 +85,9 @@ class PortfolioWriter(Callback):
         Raises:
             ValueError: If the module predicts something else.
         """
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective, as the next: in every process
-        from_first(lambda: self._write(outputs, folder))
+        folder = results_folder(trainer)  # a collective, as the next: in every process
+        if folder is not None:
+            from_first(lambda: self._write(outputs, folder))
 
     @staticmethod
     def _write(outputs: Any, folder: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_modules.callbacks.results_folder import results_folder
 from lightning_modules.collectives import from_first, gather_objects
 from lightning_modules.ranking import Recommendations
 from lightning_modules.run_folder import write_parquet
@@ -59,9 +60,10 @@ class RecommendationWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decode and write."""
         shards = gather_objects((self._users, self._items, self._scores))
-        path = Path(trainer.log_dir or trainer.default_root_dir) / self.filename  # a collective: on every rank
+        folder = results_folder(trainer)  # a collective: on every rank
         users, items, scores = ([array for shard in shards for array in shard[column]] for column in range(3))
-        if users:
+        if users and folder is not None:
+            path = folder / self.filename
             from_first(lambda: _write(path, trainer.datamodule, users, items, scores))  # type: ignore[attr-defined]
 
 

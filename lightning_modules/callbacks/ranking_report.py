@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_modules.baselines import fit_baselines
 from lightning_modules.callbacks import report_pictures
+from lightning_modules.callbacks.results_folder import results_folder
 from lightning_modules.collectives import from_first, gather_objects
 from lightning_modules.metrics import mean_intervals, paired_intervals, per_user_metrics
 from lightning_modules.metrics.functional import coverage, history_user_counts, recommendation_counts, surprisal
@@ -120,17 +121,18 @@ class RankingReport(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything."""
         shards = gather_objects((self._users, self._totals))
-        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: on every rank
+        folder = results_folder(trainer)  # a collective, as the next: on every rank
+        run = Path(trainer.log_dir or trainer.default_root_dir)
         frames = [frame for users, _ in shards for frame in users]
         totals: Totals = {}
         for _, found in shards:
             for key, value in found.items():
                 _add(totals, key, value)
-        if frames:
+        if frames and folder is not None:
             users = pl.concat(frames).sort("user_index")
-            from_first(lambda: self._write(run, trainer.datamodule, users, totals))  # type: ignore[attr-defined]
+            from_first(lambda: self._write(run, folder / "report", trainer.datamodule, users, totals))  # type: ignore[attr-defined]
 
-    def _write(self, run: Path, data: Any, users: pl.DataFrame, totals: Totals) -> None:
+    def _write(self, run: Path, folder: Path, data: Any, users: pl.DataFrame, totals: Totals) -> None:
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything was called with
         bootstrap: dict[str, Any] = {"n_resamples": self.n_resamples, "seed": seed, "level": self.level}
         headline = {
@@ -149,7 +151,6 @@ class RankingReport(Callback):
             "seconds": {"fit": read_fit_facts(run).get("seconds"), "test": time.perf_counter() - self._start},
             "data": data.report_facts(),
         }
-        folder = run / "report"
         write_whole(folder / "metrics.json", json.dumps(result, indent=2) + "\n")
         write_whole(folder / "report.md", self._table(result))
         key = f"ndcg@{self.cutoff}"

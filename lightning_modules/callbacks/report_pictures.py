@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lightning_modules.callbacks.picture_frame import COLOURS, new_axes, save, words
 
@@ -32,6 +32,7 @@ def comparison(path: Path, result: dict[str, Any], key: str) -> None:
     right.set_xlabel(f"{_metric(key)}: model minus baseline, same users")
     for each in (left, right):
         each.set_ylim(len(names) - 0.5, -0.5)
+        each.xaxis.set_major_locator(MaxNLocator(5))  # more numbers of five digits touch
         each.grid(axis="y", visible=False)
     figure.suptitle(f"Model and baselines, {result['n_users']} users")
     save(figure, path)
@@ -56,6 +57,10 @@ def by_history_length(path: Path, lengths: np.ndarray, values: dict[str, np.ndar
             middles, means, yerr=errors, marker="o", markersize=4, capsize=2, color=COLOURS[row], label=words(name)
         )
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(MaxNLocator(8) if high < 5 * low else LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"items in the user's history (median of {n_groups} groups of about {len(groups[0])} users)")
     axes.set_ylabel(f"{_metric(key)} ± standard error")

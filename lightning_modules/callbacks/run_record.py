@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.collectives import gather_objects
@@ -183,7 +183,7 @@ class LastCheckpoint(Checkpoint):
         # What was logged is on disk before the checkpoint that says it was.
         for logger in trainer.loggers:
             logger.save()
-        self._stopped = bool(trainer.should_stop)
+        self._stopped = bool(trainer.should_stop) and not _is_out_of_time(trainer)  # more time may be given
         trainer.save_checkpoint(self._folder / LAST, weights_only=False)
         self._epoch_done = False
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
@@ -210,12 +210,20 @@ def _run_folder(trainer: Trainer) -> str | None:
     return None if trainer.fast_dev_run or not trainer.loggers else trainer.log_dir  # type: ignore[attr-defined]
 
 
+def _is_out_of_time(trainer: Trainer) -> bool:
+    """Whether a Timer, such as that of ``trainer.max_time``, has ended the run or is about to."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    left = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
+    return any(seconds is not None and seconds <= 0 for seconds in left)
+
+
 class EpochLines(Callback):
     """Prints one line an epoch where there is no progress bar, and records the length of the fit.
 
     ``fit.json`` holds ``seconds`` (training and validation, over all sittings of a resumed run), ``epochs`` and
     ``steps`` done, ``max_epochs`` and ``max_steps`` asked for (-1 for no limit), ``finished``: whether the run came to
-    an end by itself, and ``stopped_early``: whether that was before it had done what was asked for.
+    an end by itself, which one that ran out of ``max_time`` did not, and ``stopped_early``: whether that was before it
+    had done what was asked for.
     """
 
     def __init__(self) -> None:
@@ -280,8 +288,12 @@ class EpochLines(Callback):
             return
         done = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
         asked = {"max_epochs": -1 if trainer.max_epochs is None else trainer.max_epochs, "max_steps": trainer.max_steps}
+        is_less = is_less_than_asked(done, asked)
+        if finished and is_less and _is_out_of_time(trainer):
+            finished = False
+            print("seqlit: the time is up; `fit --ckpt_path last` goes on where trainer.max_time is longer", flush=True)
         facts = {"seconds": self._elapsed(), **done, **asked, "finished": finished}
-        facts["stopped_early"] = finished and is_less_than_asked(done, asked)
+        facts["stopped_early"] = finished and is_less
         if finished or self._has_begun:  # a resumed run that is refused keeps what its last sitting wrote
             write_whole(Path(self._folder) / "fit.json", json.dumps(facts, indent=2) + "\n")
         mark_running(Path(self._folder), running=False)

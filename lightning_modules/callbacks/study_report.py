@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_modules.callbacks.results_folder import results_folder
 from lightning_modules.collectives import from_first, gather_objects
 from lightning_modules.portfolio.findings import plain
 from lightning_modules.run_folder import read_fit_facts
@@ -65,17 +66,18 @@ class StudyReport(Callback, ABC):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything into ``report/`` of the run folder, once."""
-        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective, as the next: in every process
+        folder = results_folder(trainer)  # a collective, as the next ones: in every process
+        run = Path(trainer.log_dir or trainer.default_root_dir)
         studies = [study for kept in gather_objects(self._studies) for study in kept]
         self._studies = []
-        if studies:
-            from_first(lambda: self._write(run, studies, trainer))
+        if studies and folder is not None:
+            from_first(lambda: self._write(run, folder / "report", studies, trainer))
 
-    def _write(self, run: Path, studies: list[Any], trainer: Trainer) -> None:
+    def _write(self, run: Path, folder: Path, studies: list[Any], trainer: Trainer) -> None:
         facts = getattr(getattr(trainer, "datamodule", None), "report_facts", dict)
         seconds = {"fit": read_fit_facts(run).get("seconds")}
-        self.write(run / "report", studies, {"data": plain(facts()), "seconds": seconds})
-        print(f"seqlit: report in {run / 'report'}", flush=True)
+        self.write(folder, studies, {"data": plain(facts()), "seconds": seconds})
+        print(f"seqlit: report in {folder}", flush=True)
 
     @property
     def seconds(self) -> float:
@@ -87,7 +89,7 @@ class StudyReport(Callback, ABC):
         """Sum up the studies of all batches and processes, and write; called in the first process alone.
 
         Args:
-            folder: ``report/`` of the run.
+            folder: ``report/`` in the folder of results.
             studies: What ``test_step`` returned, the first process' before the second's; at least one.
             facts: Of the data and of the fit, plain values.
         """

@@ -11,6 +11,7 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_modules.callbacks.results_folder import is_partial
 from lightning_modules.run_folder import BEST, write_whole
 
 IDENTITY = "wandb.json"
@@ -25,10 +26,11 @@ class WandbRun(Callback):
     | ``fit`` | the resolved config, whatever is logged, and at the end ``best.ckpt`` with its config as an artifact |
     | ``test`` | numbers of ``report/metrics.json``, tables of ``report/report.md``, pictures, all as an artifact too |
 
-    ``predict`` and ``validate`` send nothing. Only the first process talks to wandb. A run stopped by a signal, as an
-    agent stops the bad runs of a sweep, is finished as usual and uploads no checkpoint; one that fails is marked as
-    failed. Whether runs go to a server is said by wandb's own ``WANDB_MODE``; ``wandb sync`` sends later what was
-    written offline to ``<run folder>/wandb``. Under an agent the CLI adds this callback by itself.
+    ``predict`` and ``validate`` send nothing, and neither does a ``test`` that leaves out batches. Only the first
+    process talks to wandb. A run stopped by a signal, as an agent stops the bad runs of a sweep, is finished as usual
+    and uploads no checkpoint; one that fails is marked as failed. Whether runs go to a server is said by wandb's own
+    ``WANDB_MODE``; ``wandb sync`` sends later what was written offline to ``<run folder>/wandb``. Under an agent the
+    CLI adds this callback by itself.
 
     Args:
         project: wandb project; an agent's sweep overrules it.
@@ -38,6 +40,7 @@ class WandbRun(Callback):
 
     Raises:
         ModuleNotFoundError: If wandb is not installed: ``pip install 'seqlit[wandb]'``.
+        ValueError: When the run begins, if there is no login or the server refuses it; one line.
     """
 
     def __init__(
@@ -77,6 +80,11 @@ class WandbRun(Callback):
         self._metrics = WandbLogger(experiment=run)
         trainer.loggers = [*trainer.loggers, self._metrics]
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Send nothing of a test that leaves out batches: the run holds that of all."""
+        if is_partial(trainer):
+            self._folder = None
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Send what the command left, after all other callbacks have written theirs."""
         folder = self._folder
@@ -110,17 +118,22 @@ class WandbRun(Callback):
 
         path = folder / IDENTITY
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        run = wandb.init(
-            id=known.get("id"),
-            project=known.get("project") or self.project,
-            entity=known.get("entity") or self.entity,
-            name="/".join(folder.parts[-2:]),
-            tags=self.tags,
-            dir=str(folder),
-            resume="allow",
-        )
-        facts = {"id": run.id, "project": run.project, "entity": run.entity or None}
-        write_whole(path, json.dumps(facts, indent=2) + "\n")
+        try:
+            run = wandb.init(
+                id=known.get("id"),
+                project=known.get("project") or self.project,
+                entity=known.get("entity") or self.entity,
+                name="/".join(folder.parts[-2:]),
+                tags=self.tags,
+                dir=str(folder),
+                resume="allow",
+            )
+        except wandb.errors.Error as error:  # no login, or a server that cannot be reached or refuses
+            said = str(error).rstrip(". ")
+            raise ValueError(f"wandb: {said}; with WANDB_MODE=offline it needs no login and no network") from error
+        if not run.disabled:  # whose entity and id are made up
+            facts = {"id": run.id, "project": run.project, "entity": run.entity or None}
+            write_whole(path, json.dumps(facts, indent=2) + "\n")
         return run
 
     def _send_report(self, folder: Path, logged: Mapping[str, float]) -> None:

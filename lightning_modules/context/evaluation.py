@@ -122,6 +122,7 @@ class Embeddings:
 
     Attributes:
         target: Whose test queries they are.
+        n_users: Users of the log, asked or not.
         user_ids: ``Q`` original ids.
         times: ``(Q,) int64`` microseconds since 1970 UTC.
         own: ``(Q, d)`` own states.
@@ -136,6 +137,7 @@ class Embeddings:
         self,
         *,
         target: str,
+        n_users: int,
         user_ids: list[Any],
         times: Tensor,
         own: Tensor,
@@ -145,7 +147,7 @@ class Embeddings:
         top_users: list[list[Any]],
         top_weights: Tensor | None,
     ) -> None:
-        self.target, self.aggregator = target, aggregator
+        self.target, self.aggregator, self.n_users = target, aggregator, n_users
         self.user_ids, self.times = user_ids, times
         self.own, self.context, self.embedding = own, context, embedding
         self.top_users, self.top_weights = top_users, top_weights
@@ -407,6 +409,7 @@ def exported(model: EnrichedEncoder, batch: Mapping[str, Any], evaluation: Evalu
     influencers = [] if attention is None else attention.top_users.tolist()
     return Embeddings(
         target=target,
+        n_users=len(ids),
         user_ids=[ids[user] for user in tested["users"].tolist()],
         times=tested["times"].cpu(),
         own=own.cpu(),

@@ -99,6 +99,39 @@ def test_a_fresh_process_predicts_the_same_bit_for_bit(fitted, method):
     assert pl.read_parquet(run.table).equals(run.predictions), "from Python"
 
 
+def left_in(run: Run) -> dict[Path, int]:
+    """Files of the run folder and when they were written."""
+    return {path.relative_to(run.folder): path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("method", "command"), [*((method, "predict") for method in METHODS), ("sasrec_cce", "test")])
+def test_a_debugging_run_writes_no_results(fitted, seqlit, monkeypatch, method, command):
+    run = fitted(method)
+    monkeypatch.chdir(run.place)
+    before = left_in(run)
+    status, out, error = seqlit(command, "--config", "toy.yaml", "--trainer.fast_dev_run", "true")
+    assert status == 0, error
+    assert out.count("seqlit: a fast_dev_run writes no results") == 1
+    assert left_in(run) == before
+
+
+def test_results_of_a_part_of_the_data_stand_beside_those_of_all(fitted, seqlit, monkeypatch):
+    run = fitted("sasrec_cce")
+    monkeypatch.chdir(run.place)
+    before = left_in(run)
+    small = ("--config", "toy.yaml", "--data.init_args.eval_batch_size", 4)
+    for command in ("test", "predict"):
+        status, _, error = seqlit(command, *small, f"--trainer.limit_{command}_batches", 2)
+        assert status == 0, error
+    after = left_in(run)
+    assert {path: after[path] for path in before} == before
+    added = {str(path) for path in after.keys() - before.keys()}
+    assert all(path.startswith("partial/") for path in added)
+    assert added >= {"partial/report/metrics.json", "partial/report/training.png", "partial/recommendations.parquet"}
+    ranked = pl.read_parquet(run.folder / "partial/recommendations.parquet")
+    assert 0 < ranked["user_id"].n_unique() <= 8 < run.predictions["user_id"].n_unique()
+
+
 def strangers(value: Any, place: str = "") -> Iterator[str]:
     """Where something is neither tensor, number, text, list nor dict of these."""
     if isinstance(value, dict):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -103,7 +104,7 @@ def test_fit_test_predict_audit_and_predict_in_a_fresh_process(seqlit, config, t
     assert {"train/loss", "val/loss", "val/kernel/loss", "val/linear_kernel/loss"} <= set(header)
     frame = pl.read_parquet(run / "embeddings.parquet")
     assert len(frame) > 0
-    assert f"{len(frame)} embeddings in" in out
+    assert f"{len(frame)} embeddings (" in out
     assert frame["own"].list.len().unique().to_list() == [8]
     assert frame["embedding"].list.len().unique().to_list() == [16]
     assert frame["top_users"].list.len().max() > 0
@@ -253,3 +254,33 @@ def test_wrong_settings_end_in_one_line(seqlit, config, tmp_path, overrides, mes
     assert status == 2
     assert message in one_line(err)
     assert not list(tmp_path.glob("runs/**/*.ckpt"))
+
+
+def test_own_events_as_the_readme_has_them(seqlit, project, tmp_path):
+    """Its YAML over the bundled config on a file of its columns, then a command with the config of that run."""
+    told = (project / CONFIGS / "README.md").read_text(encoding="utf-8")
+    own = re.search(r"## Your own events\n.*?```yaml\n(.*?)```", told, re.DOTALL)[1]
+    (tmp_path / "mine.yaml").write_text(own, encoding="utf-8")
+    random = np.random.default_rng(0)
+    users = np.repeat([f"u{user}" for user in range(40)], 12)
+    seconds = random.integers(90 * 86400, size=len(users))
+    pl.DataFrame(
+        {
+            "user": users,
+            "time": pl.Series(np.datetime64("2023-02-01T00:00:00", "us") + seconds * np.timedelta64(1, "s")),
+            "category": random.choice(["food", "rent", "web"], len(users)),
+            "amount": random.lognormal(3, 1, len(users)),
+        }
+    ).write_csv(tmp_path / "events.csv", datetime_format="%Y-%m-%d %H:%M:%S")
+    labels = pl.DataFrame({"user": np.unique(users), "label": random.integers(2, size=40)})
+    labels.write_csv(tmp_path / "users.csv")
+    quick = ("--trainer.max_epochs", 2, "--model.init_args.encoder_epochs", 1, "--model.init_args.aggregator_epochs", 1)
+    shipped = project / CONFIGS / "online_retail.yaml"
+    status, _, err = seqlit("fit", "--config", shipped, "--config", "mine.yaml", *quick)
+    assert status == 0, err
+    config = tmp_path / "runs" / "kernel_attention" / "version_0" / "config.yaml"
+    data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["init_args"]
+    assert (data["derived"], data["where"], set(data["targets"])) == ({}, [], {"risky", "gone"})
+    status, out, err = seqlit("predict", "--config", config)
+    assert status == 0, err
+    assert re.search(r"embeddings \(\d+ of 40 users: test queries of target 'risky'\) in", out)

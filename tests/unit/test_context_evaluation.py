@@ -250,6 +250,7 @@ def test_what_is_exported(batch, name):
     queries = batch["queries"]["local"]
     tested = queries["fold"] == 2
     assert found.target == "local"
+    assert found.n_users == len(batch["user_ids"]) > len(set(found.user_ids))
     assert torch.equal(found.times, queries["times"][tested])
     assert found.user_ids == [batch["user_ids"][user] for user in queries["users"][tested].tolist()]
     assert torch.equal(found.embedding, torch.cat([found.own, found.context], 1))

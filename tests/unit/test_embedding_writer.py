@@ -28,6 +28,7 @@ def embeddings(users=("b", "a", "b"), *, top=None, weights=True, seed=0):
     shares = torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])[:n]
     return Embeddings(
         target="silent",
+        n_users=40,
         user_ids=list(users),
         times=torch.arange(n) * 1_000_001 + MOMENT,
         own=own,
@@ -103,7 +104,8 @@ def test_batches_are_joined_in_order_in_a_file_the_audit_reads(tmp_path, capsys)
     first, second = embeddings(seed=1), embeddings(("c",), top=[[]], seed=2)
     predict(tmp_path, first, second)
     path = tmp_path / "embeddings.parquet"
-    assert f"seqlit: 4 embeddings in {path}" in capsys.readouterr().out
+    said = f"seqlit: 4 embeddings (3 of 40 users: test queries of target 'silent') in {path}"
+    assert said in capsys.readouterr().out
     frame = pl.read_parquet(path)
     assert frame["user"].to_list() == ["b", "a", "b", "c"]
     assert frame["own"].to_list() == [*first.own.tolist(), *second.own.tolist()]

@@ -120,6 +120,26 @@ def test_arms_look_different(make_study):
     assert look["model, ward"]["linewidth"] > look["1/N"]["linewidth"]
 
 
+@pytest.mark.parametrize("first", [0, 3])
+def test_weights_name_the_clusters_of_the_other_pictures(study, first, monkeypatch, tmp_path):
+    """A refit numbers clusters anew by size: here those of all later ones are called otherwise."""
+    plan = study.model.plan
+    renamed = tuple(
+        replace(decision, labels=(decision.labels + (row > 0)) % 5) for row, decision in enumerate(plan.decisions)
+    )
+    refitted = replace(study.model, plan=replace(plan, decisions=renamed))
+    # The first stocks are listed only after the first rebalance.
+    there = {"columns": study.columns[first:], "embedding": study.embedding[first:], "labels": study.labels[first:]}
+    drawn = []
+    monkeypatch.setattr(portfolio_pictures, "save", lambda figure, path: drawn.append(figure))
+    later = replace(study, arms=(refitted, *study.arms[1:]), diagrams=None, **there)
+    portfolio_pictures.weights(tmp_path / "weights.png", later)
+    said = [text.get_text().split(":")[0] for text in drawn[0].axes[0].get_legend().get_texts()]
+    bought = np.flatnonzero(study.model.track.targets.max(0) > 0)
+    names = [f"cluster {study.labels[stock]}" if stock >= first else "no cluster" for stock in bought]
+    assert sorted(said) == sorted(f"T{stock:03d}, {name}" for stock, name in zip(bought, names, strict=True))
+
+
 def test_rolling_sharpe_is_that_of_each_window(study):
     returns = study.model.track.returns
     rate = 1.03 ** (1 / 252) - 1

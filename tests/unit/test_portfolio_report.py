@@ -280,6 +280,8 @@ def test_works_without(make_study, bare):
         assert "No permuted clusters were run" in text(found)
     if "index" in bare:
         assert "beta" not in found["arms"]["1/N"]["at_cost"]
+    assert ("The index is not traded" in text(found)) == ("index" not in bare)
+    assert ("index" in text(found | {"index_is_price": True})) == ("index" not in bare)
     if "sectors" in bare:
         assert "sectors" not in found["arms"]
 

@@ -46,6 +46,17 @@ def test_items_equal_a_full_sort_at_any_chunk_size(chunk_size, k):
     assert ids.dtype == torch.int64
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_ranks_alike(dtype):
+    """As trainers have it that compute in it."""
+    states, table = small_integers(6, 4, seed=2), small_integers(83, 4, seed=3)
+    expected = top_k_items(states, table, 20)
+    torch.set_default_dtype(dtype)
+    found = top_k_items(states.to(dtype), table.to(dtype), 20)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 def test_three_entry_points_agree():
     states, table = small_integers(6, 4, seed=2), small_integers(83, 4, seed=3)
     dense = states @ table.T

@@ -1,10 +1,12 @@
 """The ranking report: which baselines it fits, and pictures of intervals of every kind."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from matplotlib.transforms import Bbox
 
 from lightning_modules.callbacks import RankingReport, report_pictures
 
@@ -29,3 +31,47 @@ def test_intervals_that_miss_the_mean_are_drawn(tmp_path, place):
     result = {"interval": {"model": found, "most_popular": found}, "paired_difference": {"most_popular": found}}
     report_pictures.comparison(tmp_path / "comparison.png", result | {"n_users": 50}, "ndcg@10")
     assert (imread(tmp_path / "comparison.png")[..., :3] < 0.99).any(-1).mean() > 0.01  # more than axes alone
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures instead of their files, laid out as they would be written."""
+    figures = []
+
+    def keep(figure, path):
+        figure.draw_without_rendering()
+        figures.append(figure)
+
+    monkeypatch.setattr(report_pictures, "save", keep)
+    return figures
+
+
+def visible_ticks(axes):
+    low, high = axes.get_xlim()
+    ticks = [*axes.xaxis.get_major_ticks(), *axes.xaxis.get_minor_ticks()]
+    shown = [tick.label1 for tick in ticks if low <= tick.get_loc() <= high]
+    return [label for label in shown if label.get_text()]
+
+
+@pytest.mark.parametrize("longest", [13, 26, 400, 5000])
+def test_lengths_of_histories_are_plain_numbers(drawn, longest):
+    lengths = np.linspace(9, longest, 96).astype(int)
+    report_pictures.by_history_length(None, lengths, {"model": np.linspace(0, 1, 96)}, "ndcg@10")
+    ticks = [label.get_text() for label in visible_ticks(drawn[0].axes[0])]
+    assert len(ticks) >= 2
+    for tick in ticks:
+        float(tick)  # of 1.2 x 10^1 it would raise
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.061, 0.092), (-0.0061, 0.0092), (0.15, 0.27)])
+def test_ticks_of_differences_do_not_touch(drawn, low, high):
+    found = {"ndcg@10": (0.4, 0.3, 0.5)}
+    names = ("model", "most_popular", "personal_frequency")
+    gaps = {name: {"ndcg@10": (low, low, high)} for name in names[1:]}
+    result = {"interval": dict.fromkeys(names, found), "paired_difference": gaps, "n_users": 50}
+    report_pictures.comparison(None, result, "ndcg@10")
+    boxes = [label.get_window_extent() for label in visible_ticks(drawn[0].axes[1])]
+    assert len(boxes) >= 3
+    # Half the height of a digit is the least gap that tells two numbers from one.
+    apart = [Bbox.from_extents(box.x0, box.y0, box.x1 + box.height / 2, box.y1) for box in boxes]
+    assert not any(one.overlaps(other) for one, other in pairwise(apart))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning.pytorch.callbacks
 import pytest
@@ -21,6 +22,7 @@ from lightning_modules.run_folder import (
     mark_running,
     newest_run,
     newest_unfinished_run,
+    refuse_taken,
     runs_newest_first,
     write_whole,
 )
@@ -75,6 +77,11 @@ def named(name, **arguments):
         {"gradient_clip_val": 0.5},
         {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
         {"accumulate_grad_batches": 2},
+        {"limit_train_batches": 2},
+        {"limit_train_batches": 1},
+        {"limit_val_batches": 0.5},
+        {"limit_val_batches": 0},
+        {"overfit_batches": 1},
         {"callbacks": [named("ModelCheckpoint"), named("AdversarialTraining", mode="pgd")]},
         {"callbacks": [named("AdversarialTraining", mode="trades")]},
         {"callbacks": named("EarlyStopping", patience=3)},
@@ -101,6 +108,8 @@ def test_a_trainer_that_decides_the_result_is_another_experiment(tmp_path, train
         {"devices": 4, "num_nodes": 2, "strategy": "replicated", "accelerator": "gpu", "logger": False},
         {"max_time": "00:01:00:00", "max_epochs": 99, "max_steps": 7, "enable_progress_bar": True},
         {"callbacks": [named("ModelCheckpoint", monitor="x"), named("RankingReport"), named("WandbRun", tags=["a"])]},
+        {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "overfit_batches": 0.0, "limit_test_batches": 3},
+        {"limit_train_batches": None, "limit_val_batches": None, "overfit_batches": 0},
         {"callbacks": named("RichProgressBar")},
     ],
     ids=str,
@@ -297,6 +306,34 @@ def test_a_logger_removes_only_what_it_made(tmp_path):
     assert (tmp_path / "runs/method/version_0/config.yaml").is_file()
     first.remove_folder()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_loggers_that_start_together_have_a_folder_each(tmp_path):
+    loggers = [RunLogger(str(tmp_path), "method") for _ in range(3)]
+    assert {logger.log_dir for logger in loggers} == {str(tmp_path / "method/version_0")}, "as none has been made yet"
+    assert all(logger.experiment is not None for logger in loggers)
+    assert [Path(logger.log_dir).name for logger in loggers] == ["version_0", "version_1", "version_2"]
+    loggers[1].remove_folder()
+    assert sorted(path.name for path in (tmp_path / "method").iterdir()) == ["version_0", "version_2"]
+
+
+def test_a_number_that_is_no_folder_is_passed_over(tmp_path):
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method/version_0").write_text("")
+    logger = RunLogger(str(tmp_path), "method")
+    assert logger.experiment is not None
+    assert Path(logger.log_dir).name == "version_1"
+
+
+@pytest.mark.parametrize("left", ["config.yaml", "checkpoints/best.ckpt"])
+def test_a_folder_that_holds_a_run_is_taken(tmp_path, left):
+    run = tmp_path / "version_7"
+    refuse_taken(run)
+    (run / left).parent.mkdir(parents=True)
+    refuse_taken(run)
+    (run / left).write_text("")
+    with pytest.raises(ValueError, match=r"version_7 holds a run already: go on with it by --ckpt_path last"):
+        refuse_taken(run)
 
 
 def test_a_logger_keeps_folders_that_others_write_to(tmp_path):

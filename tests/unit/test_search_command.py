@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import sys
 import threading
@@ -172,9 +173,13 @@ def test_bounds_of_log_uniform_are_logarithms(written):
 
 def test_arguments_are_those_of_the_agent(written):
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils", reason="wandb is an extra")
-    values = {"model.a": 1e-05, "model.b": None, "model.c": True, "model.d": "a b"}
+    values = {"model.a": 1e-05, "model.c": True, "model.d": "a b"}
     theirs = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
     assert read_sweep(written()).arguments(values) == ["fit", "--config", "toy.yaml", *theirs["args"]]
+
+
+def test_null_of_a_sweep_is_null_of_the_command_line(written):
+    assert "--model.b=null" in read_sweep(written()).arguments({"model.b": None})
 
 
 def test_early_terminate_is_that_of_hyperband(written):
@@ -295,6 +300,63 @@ def test_a_grid_is_walked_once(written, tmp_path):
     search(read_sweep(written(method="grid", parameters=parameters)), fits, n_trials=50, folder=tmp_path / "out")
     seen = {(value_of(arguments, "model.a"), value_of(arguments, "model.b")) for arguments, _ in fits.asked}
     assert len(fits.asked) == len(seen) == 6
+
+
+class GridFits(Fits):
+    """Fits of points (a, b); ``stopping`` is set in the trial of this number, and those of ``failing`` burst."""
+
+    def __init__(self, stopping=None, at=None, failing=()):
+        super().__init__(failing)
+        self.stopping, self.at, self.points = stopping, at, []
+
+    def __call__(self, arguments, run, report):
+        if len(self.asked) == self.at:
+            self.stopping.set()
+        self.points.append((value_of(arguments, "model.a"), value_of(arguments, "model.b")))
+        return super().__call__(arguments, run, report)
+
+
+def test_a_grid_that_was_stopped_is_made_whole(written, tmp_path):
+    """Stopped at the fourth trial, then at the second of another sitting: nothing is lost, nothing made twice."""
+    parameters = {"model.a": {"values": [0.1, 0.2, 0.3]}, "model.b": {"values": [1, 2, None]}}
+    sweep = read_sweep(written(method="grid", parameters=parameters))
+    settings = {"folder": tmp_path / "out", "storage": str(tmp_path / "search.db")}
+    made = []
+    for at, failing, n_asked in ((3, (1,), 4), (1, (), 2), (None, (), 5)):
+        stopping = threading.Event()
+        fits = GridFits(stopping, at, failing)
+        n_trials = 99 if at is None else 9
+        assert search(sweep, fits, n_trials=n_trials, **settings, stopping=stopping) == (0 if at is None else 130)
+        assert len(fits.points) == n_asked
+        made += fits.points[:at]
+    assert len(made) == len(set(made)) == 9, "the one that failed for good is not made again"
+    assert {point[1] for point in made} == {"1", "2", "null"}
+    rows = json.loads((tmp_path / "out" / "search_0" / "search.json").read_text())["trials"]
+    assert sorted(row["state"] for row in rows) == [*["complete"] * 8, *["failed"] * 3]
+
+
+def test_a_part_of_a_grid_is_gone_on_with(written, tmp_path):
+    parameters = {"model.a": {"values": [0.1, 0.2]}, "model.b": {"min": 1, "max": 2}}
+    sweep = read_sweep(written(method="grid", parameters=parameters))
+    settings = {"folder": tmp_path / "out", "storage": str(tmp_path / "search.db")}
+    first, second = GridFits(), GridFits()
+    search(sweep, first, n_trials=1, **settings)
+    search(sweep, second, n_trials=3, **settings)
+    assert (len(first.points), len({*first.points, *second.points})) == (1, 3)
+
+
+def test_a_failed_trial_is_one_line(written, tmp_path):
+    """Optuna would add a traceback of ours."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    log = logging.getLogger("optuna")
+    log.addHandler(handler)
+    try:
+        search(read_sweep(written()), Fits(failing=(0,)), n_trials=2, folder=tmp_path / "out")
+    finally:
+        log.removeHandler(handler)
+    assert records == []
 
 
 def test_several_fits_at_a_time(written, tmp_path):

@@ -33,6 +33,24 @@ def walk(n_days, n_stocks, seed=0):
     return 50 * np.exp(np.cumsum(0.02 * np.random.default_rng(seed).standard_normal((n_days, n_stocks)), axis=0))
 
 
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (
+            "bundled:us20_index",
+            "lacks 17 of .*; index_paths is the bundled index 'bundled:us20_index': .*: null for none$",
+        ),
+        ("own.csv", "lacks 48 of [^;]*; at most 5 may be lacking, and not the first$"),
+    ],
+)
+def test_an_index_of_other_days_is_named_where_the_config_brought_it(tmp_path, index, said):
+    own = tmp_path / "own.csv"
+    pl.DataFrame({"Date": ["2020-01-02", "2020-01-03"], "Own": [1.0, 2.0]}).write_csv(own)
+    paths = str(own) if index == "own.csv" else index
+    with pytest.raises(ValueError, match=said):
+        module(tmp_path, walk(50, 2), test_start=30, window_length=5, index_paths=paths).setup("fit")
+
+
 def test_rows_of_the_periods(tmp_path):
     days = calendar(50)
     panel = module(

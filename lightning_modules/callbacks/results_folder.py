@@ -1,0 +1,39 @@
+"""Where a test or a prediction puts what it found: results of a part of the data never take the place of the whole."""
+
+from pathlib import Path
+
+from lightning import Trainer
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities import CombinedLoader
+
+PARTIAL = "partial"
+
+
+def results_folder(trainer: Trainer) -> Path | None:
+    """The folder for a report or for predictions; a collective, to be called in every process.
+
+    Args:
+        trainer: Amid ``test`` or ``predict``.
+
+    Returns:
+        The run folder, or ``partial/`` in it where ``limit_test_batches`` or ``limit_predict_batches`` leaves out
+        batches; None under ``fast_dev_run``, which leaves nothing behind.
+    """
+    run = Path(trainer.log_dir or trainer.default_root_dir)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            print("seqlit: a fast_dev_run writes no results", flush=True)
+        return None
+    return run / PARTIAL if is_partial(trainer) else run
+
+
+def is_partial(trainer: Trainer) -> bool:
+    """Whether a limit leaves out batches of the test or prediction that is under way."""
+    if trainer.predicting:
+        limit, asked, loaders = trainer.limit_predict_batches, trainer.num_predict_batches, trainer.predict_dataloaders
+    else:
+        limit, asked, loaders = trainer.limit_test_batches, trainer.num_test_batches, trainer.test_dataloaders
+    if isinstance(limit, float):  # a share of all batches
+        return limit < 1
+    lengths = [sized_len(loader) for loader in CombinedLoader(loaders, "sequential").flattened]
+    return None in lengths or sum(asked) < sum(length or 0 for length in lengths)  # None is a loader without a length
