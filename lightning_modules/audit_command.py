@@ -206,8 +206,6 @@ def audit_model(known: argparse.Namespace, rest: list[str]) -> list[AuditFinding
         args=["test", *files, *checkpoint, *rest], **CLI_OPTIONS, trainer_defaults={"callbacks": [RandomState()]}
     )
     path = cli.config["test"].ckpt_path
-    if path is None:
-        raise ValueError("audit: no checkpoint, name one by --ckpt_path")
     cli.datamodule.prepare_data()
     cli.datamodule.setup("test")
     saved = torch.load(path, map_location="cpu", weights_only=True)

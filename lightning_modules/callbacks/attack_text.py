@@ -279,9 +279,9 @@ def _pays(found: Findings) -> list[str]:
         return []
     if not found["victim"]["n_correct"]:
         return [
-            "**The victim calls no clean series rightly: nothing here says what an attack does or whether it hides. Are "
-            f"its logits in the order of the classes ({', '.join(found['class_names'])}), and does it take series as "
-            "the data gives them?**"
+            "**The victim calls no clean series rightly: nothing here says what an attack does or whether it hides. "
+            f"Are its logits in the order of the classes ({', '.join(found['class_names'])}), and does it take series "
+            "as the data gives them?**"
         ]
     asked = "Does concealment pay against the attacked detector? F in the F1 form, concealed minus vanilla:"
     return ["\n".join([said, *_but(found)]) for said in _gain(found, "success", asked, "F")]
