@@ -151,8 +151,8 @@ def check_labels(
 
     Returns:
         Rows with ``feature``, ``what`` (value, missing, zero, first value, last known value, ever missing, ever zero;
-        delay, date, recency), ``auc``, ``auc_by_age`` (four,
-        youngest first; None where there are too few users), and ``worst``, the largest of them.
+        delay, date, recency), ``auc``, ``auc_by_age`` (four, youngest first; None where there are too few users), and
+        ``worst``, the largest of them.
     """
     users, times, labels = queries["users"], queries["times"], queries["labels"]
     if not len(users):

@@ -159,7 +159,6 @@ class ConcealedAttacker(LightningModule):
         self.classifier_optimizer, self.discriminator_optimizer = classifier_optimizer, discriminator_optimizer
         self.classifier_scheduler, self.discriminator_scheduler = classifier_scheduler, discriminator_scheduler
         self.classifier: nn.Module = classifier(**facts) if victim is None else self._loaded(victim, "the victim")
-        self._surrogate_names = [plan.name for plan in attacks if plan.surrogate is not None]
         self.surrogates = nn.ModuleList(
             self._loaded(plan.surrogate, f"the surrogate of attack {plan.name!r}")
             for plan in attacks
@@ -194,9 +193,10 @@ class ConcealedAttacker(LightningModule):
             raise ValueError(f"{role} tells {found} classes apart, the data has {self.n_classes}")
         return network
 
-    def surrogate(self, name: str) -> nn.Module | None:
-        """What stands for the classifier in an attack, by its name; None where nothing does."""
-        return dict(zip(self._surrogate_names, self.surrogates, strict=True)).get(name)
+    def _surrogates(self) -> dict[str, nn.Module]:
+        """What stands for the classifier, by the name of the attack."""
+        names = [plan.name for plan in self.attacks if plan.surrogate is not None]
+        return dict(zip(names, self.surrogates, strict=True))
 
     def _seeded(self, plan: DiscriminatorPlan, copy: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -273,10 +273,7 @@ class ConcealedAttacker(LightningModule):
                 "attacks are chosen on validation series, there are none (data.init_args.validation_fraction)"
             )
         networks = {"classifier": self.classifier}
-        networks |= {
-            f"surrogate of {name!r}": network
-            for name, network in zip(self._surrogate_names, self.surrogates, strict=True)
-        }
+        networks |= {f"surrogate of {name!r}": network for name, network in self._surrogates().items()}
         networks |= {f"discriminator {plan.name!r}": self._copies(number)[0] for number, plan in enumerate(self.plans)}
         for role, network in networks.items():
             if not takes_mask(network):  # else the splits need not be read yet
@@ -507,7 +504,7 @@ class ConcealedAttacker(LightningModule):
                 attacked,
                 clean,
                 n_classes=self.n_classes,
-                surrogate=self.surrogate(plan.name),
+                surrogate=self._surrogates().get(plan.name),
                 seed=_seed(),
                 max_rows=self.max_rows,
             )
@@ -602,7 +599,7 @@ class ConcealedAttacker(LightningModule):
             levels={name: [SeenLevel(**level) for level in levels] for name, levels in found["levels"].items()},
             class_names=self.class_names,
             saturation=found["saturation"],
-            surrogates=dict(zip(self._surrogate_names, self.surrogates, strict=True)),
+            surrogates=self._surrogates(),
             seed=_seed(),
             max_rows=self.max_rows,
         )
@@ -622,7 +619,7 @@ class ConcealedAttacker(LightningModule):
                 self.classifier,
                 attacked,
                 batch,
-                surrogate=self.surrogate(plan.name),
+                surrogate=self._surrogates().get(plan.name),
                 seed=_seed(),
                 max_rows=self.max_rows,
                 keep_iterates=self.keep_iterates,

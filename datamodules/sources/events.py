@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from datamodules.sources.cells import require_columns
 from datamodules.sources.columns import Columns, as_integer
 from datamodules.sources.first_bytes import check_first_bytes, check_header
-from datamodules.sources.row_wise import SAMPLED_ROWS, reads_other_rows
+from datamodules.sources.row_wise import SAMPLED_ROWS, refuse_other_rows
 
 NumberUnit = Literal["s", "ms", "us", "days"]
 Duplicates = Literal["keep", "drop", "error"]
@@ -204,15 +204,17 @@ def _read(path: Path, columns: EventColumns) -> tuple[pl.DataFrame, int]:
         n_rows = int(rows.select(pl.len()).collect().item())
     if n_rows == 0:
         raise ValueError(f"{path}: the file holds no rows")
-    with _reading(path):
-        sample = rows.head(SAMPLED_ROWS).collect(engine="streaming")
+    sample = pl.DataFrame()
+    if derived or conditions:
+        with _reading(path):
+            sample = rows.head(SAMPLED_ROWS).collect(engine="streaming")
     rows = rows.with_row_index(_ROW, offset=1)
     for name, expression in derived.items():  # one after the other: a later one may use an earlier one
-        _refuse_other_rows(path, f"derived {name!r}", dict(columns.derived)[name], sample, expression)
+        refuse_other_rows(path, f"derived {name!r}", dict(columns.derived)[name], sample, expression)
         sample = sample.with_columns(expression.alias(name))
         rows = rows.with_columns(expression.alias(name))
     for text, condition in conditions.items():
-        _refuse_other_rows(path, "where", text, sample, condition)
+        refuse_other_rows(path, "where", text, sample, condition)
     chosen = {"user": pl.col(columns.user), "time": _microseconds(path, columns, schema[columns.time])}
     if columns.order is not None:
         chosen["order"] = as_integer(path, columns.order, schema[columns.order], _for_times(columns))
@@ -349,12 +351,6 @@ def _outcome(path: Path, argument: str, text: str, schema: dict[str, pl.DataType
     if len(outcome):
         raise ValueError(f"{argument}: {text!r} must be computed row by row, it gives one value for all rows")
     return outcome
-
-
-def _refuse_other_rows(path: Path, argument: str, text: str, sample: pl.DataFrame, expression: pl.Expr) -> None:
-    """What reads other rows reads later ones: a leak that no audit of a model can see."""
-    if reads_other_rows(sample, expression):
-        raise ValueError(f"{path}: {argument}: {text!r} must be computed row by row, it changes with other rows")
 
 
 def _for_times(columns: EventColumns) -> Columns:

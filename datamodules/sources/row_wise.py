@@ -1,6 +1,7 @@
 """Whether an SQL expression is computed row by row: a window or an aggregate inside one would read later rows."""
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -40,6 +41,16 @@ def reads_other_rows(sample: pl.DataFrame, expression: pl.Expr) -> bool:
         if not (alone.equals(first) and alone.equals(last)):
             return True
     return False
+
+
+def refuse_other_rows(path: Path, argument: str, text: str, sample: pl.DataFrame, expression: pl.Expr) -> None:
+    """Refuse an expression that reads other rows, and so later ones: a leak that no audit of a model can see.
+
+    Raises:
+        ValueError: If :func:`reads_other_rows` of a sample of the file; names file, argument and text.
+    """
+    if reads_other_rows(sample, expression):
+        raise ValueError(f"{path}: {argument}: {text!r} must be computed row by row, it changes with other rows")
 
 
 def _spread(ordered: pl.Series) -> pl.Series:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from datamodules.sources.cells import some
 from datamodules.sources.columns import Columns, as_integer
 from datamodules.sources.first_bytes import check_first_bytes, check_header
-from datamodules.sources.row_wise import SAMPLED_ROWS, reads_other_rows
+from datamodules.sources.row_wise import SAMPLED_ROWS, refuse_other_rows
 
 Step = dict[str, str | int]
 
@@ -148,8 +148,7 @@ def _check_condition(file: _File, text: str, condition: pl.Expr) -> None:
         sample = (
             file.rows.select(sorted(set(condition.meta.root_names()))).head(SAMPLED_ROWS).collect(engine="streaming")
         )
-    if reads_other_rows(sample, condition):
-        raise ValueError(f"{file.path}: where: {text!r} must be computed row by row, it changes with other rows")
+    refuse_other_rows(file.path, "where", text, sample, condition)
 
 
 def _open(path: Path, columns: Columns, needed: list[str]) -> _File:

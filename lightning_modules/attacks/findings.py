@@ -353,12 +353,12 @@ def findings(study: AttackStudy, *, n_resamples: int = 2000, level: float = 0.95
         rate the conformal threshold (None if not resolvable) with the realised false alarms and the shares between
         which they lie by chance, beta-binomial, all thresholds together with probability ``level``. Shares are lists:
         share, low, high (Clopper-Pearson), hits, trials. ``attacks``: by name the chosen configuration, whether a
-        surrogate gave its gradients, the area under
-        the front of what could be chosen, EFF, accuracy, F1, ROC-AUC and average precision of the victim (one-vs-rest,
-        macro, for K > 2), accuracy and success on initially correct series, fooling rate, norms and the DTW distance in
-        a band (means over series), roughness ratio, steps to flip up to the chosen iterate (0: by a random start),
-        shares of bad and zero gradients and seconds a series, of the run of ``n_steps``; ``judges`` with AUC, CONC
-        and F in every form, detection off the ROC curve, share flagged and joint success at the conformal thresholds;
+        surrogate gave its gradients, the area under the front of what could be chosen, EFF, accuracy, F1, ROC-AUC and
+        average precision of the victim (one-vs-rest, macro, for K > 2), accuracy and success on initially correct
+        series, fooling rate, norms and the DTW distance in a band (means over series), roughness ratio, steps to flip
+        up to the chosen iterate (0: by a random start), shares of bad and zero gradients and seconds a series, of the
+        run of ``n_steps``; ``judges`` with AUC, CONC and F in every form, detection off the ROC curve, share flagged
+        and joint success at the conformal thresholds;
         ``attacked`` against the attacked detectors pooled; ``panel``, mean over the valid held-out judges and the worst
         of them for the attack; ``intervals`` and ``minus_vanilla``, intervals of EFF, CONC and F in the F1 form
         against the attacked detectors and of mean joint success against the panel at each rate, and of what concealment
