@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_modules.callbacks.results_folder import folder_of_run
 from lightning_modules.collectives import gather_objects, n_processes
 from lightning_modules.run_folder import drafted
 
@@ -56,7 +57,7 @@ class NaNGuard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the folder on every rank, since asking for it is a collective."""
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._folder = folder_of_run(trainer)
         self._judges_gradients = getattr(trainer.precision_plugin, "scaler", None) is None
         self._now = self._unread = None
 

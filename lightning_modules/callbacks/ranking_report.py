@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_modules.baselines import fit_baselines
 from lightning_modules.callbacks import report_pictures
-from lightning_modules.callbacks.results_folder import results_folder
+from lightning_modules.callbacks.results_folder import folder_of_run, results_folder
 from lightning_modules.collectives import from_first, gather_objects
 from lightning_modules.metrics import mean_intervals, paired_intervals, per_user_metrics
 from lightning_modules.metrics.functional import coverage, history_user_counts, recommendation_counts, surprisal
@@ -122,7 +122,7 @@ class RankingReport(Callback):
         """Write everything."""
         shards = gather_objects((self._users, self._totals))
         folder = results_folder(trainer)  # a collective, as the next: on every rank
-        run = Path(trainer.log_dir or trainer.default_root_dir)
+        run = folder_of_run(trainer)
         frames = [frame for users, _ in shards for frame in users]
         totals: Totals = {}
         for _, found in shards:

@@ -9,6 +9,11 @@ from lightning.pytorch.utilities import CombinedLoader
 PARTIAL = "partial"
 
 
+def folder_of_run(trainer: Trainer) -> Path:
+    """Where the run lies; a collective, to be called in every process."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 def results_folder(trainer: Trainer) -> Path | None:
     """The folder for a report or for predictions; a collective, to be called in every process.
 
@@ -19,7 +24,7 @@ def results_folder(trainer: Trainer) -> Path | None:
         The run folder, or ``partial/`` in it where ``limit_test_batches`` or ``limit_predict_batches`` leaves out
         batches; None under ``fast_dev_run``, which leaves nothing behind.
     """
-    run = Path(trainer.log_dir or trainer.default_root_dir)
+    run = folder_of_run(trainer)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             print("seqlit: a fast_dev_run writes no results", flush=True)

@@ -13,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_modules.callbacks.results_folder import folder_of_run
 from lightning_modules.collectives import gather_objects
 from lightning_modules.run_folder import LAST, is_less_than_asked, mark_running, read_fit_facts, write_whole
 
@@ -65,7 +66,7 @@ class LastCheckpoint(Checkpoint):
         asked = gather_objects(None if trainer.ckpt_path is None else str(trainer.ckpt_path))
         if len(set(asked)) > 1:
             raise ValueError(f"ckpt_path: processes found different checkpoints: {', '.join(map(str, asked))}")
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"  # a collective
+        self._folder = folder_of_run(trainer) / "checkpoints"  # a collective
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.save_top_k == 1:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_modules.callbacks.results_folder import results_folder
+from lightning_modules.callbacks.results_folder import folder_of_run, results_folder
 from lightning_modules.collectives import from_first, gather_objects
 from lightning_modules.portfolio.findings import plain
 from lightning_modules.run_folder import read_fit_facts
@@ -67,7 +67,7 @@ class StudyReport(Callback, ABC):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything into ``report/`` of the run folder, once."""
         folder = results_folder(trainer)  # a collective, as the next ones: in every process
-        run = Path(trainer.log_dir or trainer.default_root_dir)
+        run = folder_of_run(trainer)
         studies = [study for kept in gather_objects(self._studies) for study in kept]
         self._studies = []
         if studies and folder is not None:

@@ -11,7 +11,7 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from lightning_modules.callbacks.results_folder import is_partial
+from lightning_modules.callbacks.results_folder import folder_of_run, is_partial
 from lightning_modules.run_folder import BEST, write_whole
 
 IDENTITY = "wandb.json"
@@ -63,7 +63,7 @@ class WandbRun(Callback):
         """Find the run folder."""
         leaves_none = trainer.fast_dev_run or stage not in ("fit", "test") or (stage == "fit" and not trainer.loggers)  # type: ignore[attr-defined]
         # Asking for it is a collective: on every rank.
-        self._folder = None if leaves_none else Path(trainer.log_dir or trainer.default_root_dir)
+        self._folder = None if leaves_none else folder_of_run(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the run, send its config, and let metrics go to wandb as well."""
