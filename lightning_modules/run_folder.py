@@ -180,7 +180,8 @@ def refuse_taken(run: Path) -> None:
 def mark_running(run: Path, *, running: bool) -> None:
     """Write who is at work on a run, or take the note away; one of a process that was killed stays behind."""
     if running:
-        write_whole(run / _RUNNING, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+        note = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        write_whole(run / _RUNNING, json.dumps(note) + "\n")
     else:
         (run / _RUNNING).unlink(missing_ok=True)
 
@@ -189,7 +190,7 @@ def _worker(run: Path) -> int | None:
     """The process of this machine that is at work on a run; of other machines nothing can be said."""
     try:
         note = json.loads((run / _RUNNING).read_text(encoding="utf-8"))
-        host, pid = str(note["host"]), int(note["pid"])
+        host, pid, started = str(note["host"]), int(note["pid"]), note.get("started")
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     if host != socket.gethostname() or pid == os.getpid():  # in a container every first process has one number
@@ -200,7 +201,17 @@ def _worker(run: Path) -> int | None:
         return None
     except PermissionError:
         pass
+    if started is not None and _started(pid) not in (None, started):  # the number went to another process
+        return None
     return pid
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine began, in ticks since it was booted; None where the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
 
 
 def is_less_than_asked(done: Mapping[str, int], asked: Mapping[str, int]) -> bool:

@@ -352,14 +352,13 @@ class EnrichedEncoder(nn.Module):
     def contexts(self, name: str, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
         """``(Q, d_out)`` context vectors of queries in any order.
 
-        Queries are taken in order of time, so that those of a batch share what is visible. Mean and linear kernel over
-        all users come from sums over time, whose cost does not grow with the number of users.
+        Queries are taken in order of time, so that those of a batch share what is visible. Mean and linear kernel
+        (``kind="elu"``) over all users come from sums over time, whose cost does not grow with the number of users.
         """
         aggregator = self.branch(name).aggregator
         assert aggregator is not None
         unbounded = (self.rules.n_users, self.rules.max_age_days, self.rules.max_rows) == (None, None, None)
-        # a sum cannot leave out the rows below a query's k-th
-        sums = type(aggregator) is Mean or (type(aggregator) is LinearKernel and aggregator.top_k is None)
+        sums = type(aggregator) is Mean or (type(aggregator) is LinearKernel and aggregator.has_sums)
         if unbounded and not self.rules.exclude_group and sums:
             with torch.autocast(bank.states.device.type, enabled=False):  # as an aggregator computes
                 return self._summed(aggregator, own, bank, users, times)
@@ -373,8 +372,9 @@ class EnrichedEncoder(nn.Module):
     def _summed(aggregator: Aggregator, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
         query, times, users = own.to(bank.states), times.to(bank.times), users.to(bank.users)
         if isinstance(aggregator, LinearKernel):
-            features = aggregator.positive_features
-            found, counts = PrefixMoments.build(bank, features).lookup(features(query), times, users)
+            of_query = aggregator.log_features(query)
+            of_query = (of_query - of_query.amax(1, keepdim=True)).exp()  # a factor of the query cancels
+            found, counts = PrefixMoments.build(bank, aggregator.positive_features).lookup(of_query, times, users)
         else:
             found, counts = PrefixMean.build(bank).mean(times, users)
         return aggregator.or_empty(found.to(query), (counts > 0).unsqueeze(1)).to(own)

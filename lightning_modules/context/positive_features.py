@@ -79,6 +79,15 @@ class LinearKernel(SoftmaxAggregator):
             case _:
                 raise ValueError(f"kind must be 'elu' or 'random', got {kind!r}")
 
+    @property
+    def has_sums(self) -> bool:
+        """Whether M and s over all users serve every query.
+
+        Not with ``top_k``, as a sum cannot leave out the rows below a query's k-th; nor with random features, whose
+        weights grow with the exponential of the norms: a query's own row, taken out of the sum again, may be all of it.
+        """
+        return self.kind == "elu" and self.top_k is None
+
     def log_features(self, states: Tensor) -> Tensor:
         """``ln f(x) (..., r)`` of states ``(..., d)``."""
         if self.kind == "elu":

@@ -193,6 +193,21 @@ def test_a_sum_is_no_shortcut_for_the_rows_that_matter_most(events):
     assert not torch.allclose(found[0], found[2], atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["elu", "random"])
+def test_long_states_weigh_the_same_in_fit_and_in_test(events, kind):
+    """Random features of long states span more than a sum in float32 can hold, the query's own row above all."""
+    everybody = torch.arange(len(events["offsets"]) - 1)
+    users, times = queries(events)
+    model = enriched({"linear": partial(LinearKernel, rank=64, kind=kind)}, rules=ContextRules(n_users=None))
+    states = 8 * model.encode(events)
+    bank = model.bank(states, events, everybody)
+    own = model.own(states, events, users, times).states
+    found = model.contexts("linear", own, bank, users, times)
+    trained_on = model.branch("linear").aggregator(own, bank.context(times, users))
+    assert states.norm(dim=1).max() > 16
+    torch.testing.assert_close(found, trained_on, rtol=1e-4, atol=1e-4 * states.abs().max().item())
+
+
 def test_sums_over_time_are_in_full_precision_under_autocast(events):
     everybody = torch.arange(len(events["offsets"]) - 1)
     users, times = queries(events)

@@ -16,6 +16,7 @@ from lightning_modules.run_folder import (
     LAST,
     NothingToResumeError,
     RunLogger,
+    _started,
     drop_rows_after,
     identity,
     is_less_than_asked,
@@ -350,12 +351,16 @@ def test_a_run_that_is_still_at_work_is_left_alone(tmp_path):
     note = json.loads((run / "running.json").read_text())
     assert newest_unfinished_run(tmp_path, config(), asked) == run, "a note of this very process is an old one"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        (run / "running.json").write_text(json.dumps(note | {"pid": other.pid}))
-        with pytest.raises(ValueError, match=rf"version_0 is still being trained, by process {other.pid}"):
-            newest_unfinished_run(tmp_path, config(), asked)
+        for started in ({"started": None}, {"started": _started(other.pid)}):
+            (run / "running.json").write_text(json.dumps(note | {"pid": other.pid} | started))
+            with pytest.raises(ValueError, match=rf"version_0 is still being trained, by process {other.pid}"):
+                newest_unfinished_run(tmp_path, config(), asked)
+        (run / "running.json").write_text(json.dumps(note | {"pid": other.pid, "started": "1"}))
+        if _started(other.pid) is not None:
+            assert newest_unfinished_run(tmp_path, config(), asked) == run, "its number went to another process"
         (run / "running.json").write_text(json.dumps(note | {"pid": other.pid, "host": "elsewhere"}))
         assert newest_unfinished_run(tmp_path, config(), asked) == run
-        (run / "running.json").write_text(json.dumps(note | {"pid": other.pid}))
+        (run / "running.json").write_text(json.dumps(note | {"pid": other.pid, "started": None}))
         other.communicate(b"\n")
     assert newest_unfinished_run(tmp_path, config(), asked) == run, "it was killed and left its note behind"
     mark_running(run, running=False)
