@@ -9,8 +9,10 @@ discriminators are trained without it, and every attack runs its grid on it; a c
 the mean of F over the folds, ties to the smaller step. The chosen attacks then run on the test series against the
 models of every fold, and the figures are means over these. Every cell is a file in OUT, with all that the reports of
 its folds hold, and is not done again (delete OUT after a change of code). TABLE keeps the figures of cells, a row for
-each attack: those in it are not done either, and new ones are added. Printed are the time of each cell, a row for each
-pair of set and network, in how many of these concealment is ahead, and a row for each attack.
+each fold and attack: those in it are not done either, and new ones are added. Printed are the time of each cell, a row
+for each pair of set and network, in how many of these concealment is ahead, with and without folds whose victim gives
+one answer to every clean series, and a row for each attack. A mean over fewer folds than there are, because in others
+no judge of the panel is valid, says over how many.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -45,7 +47,7 @@ from lightning_modules.attacks import (
 from lightning_modules.attacks.discriminators import AttackPlan, DiscriminatorPlan
 from lightning_modules.attacks.findings import findings
 from lightning_modules.attacks.selection import Candidates, fold_average, select
-from lightning_modules.attacks.thresholds import binomial_share
+from lightning_modules.attacks.thresholds import binomial_share, n_clean_required
 from lightning_modules.metrics.attack_functional import success_f
 from lightning_modules.networks import S4, PatchTST, ResCNN, RNNAttention
 from lightning_modules.run_folder import write_whole
@@ -68,7 +70,12 @@ HARMONIC_STEPS, HARMONIC_RADII, SMOOTH_RADII = (0.005, 0.03), (0.25, 1.0), (0.05
 Place = tuple[str, str, int]
 """Set, network and seed of a cell."""
 
-CELL_COLUMNS, CHOSEN = ("set", "network", "seed", "seconds", "attack"), ("step", "radius", "alpha", "iteration")
+Figures = dict[str, dict[str, float | None]]
+"""Figures of one fold by attack."""
+
+CELL_COLUMNS = ("set", "network", "seed", "seconds", "fold", "attack")
+CHOSEN = ("step", "radius", "alpha", "iteration")
+OF_MODELS = ("accuracy of the victim", "one answer", "AUC of the attacked detector", "valid")
 
 
 def plans() -> list[AttackPlan]:
@@ -184,7 +191,7 @@ def cell(folder: Path, out: Path, name: str, network: str, seed: int) -> dict[st
     """All folds of a cell, the choice, and the test."""
     file = out / f"{name}, {network}, {seed}.json"
     if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return with_figures(json.loads(file.read_text(encoding="utf-8")))
     started = time.perf_counter()
     fitted = [fit(folder, name, network, seed, fold) for fold in range(N_FOLDS)]
     sizes = [len(data.arrays("validation")["labels"]) for _, data in fitted]
@@ -200,7 +207,7 @@ def cell(folder: Path, out: Path, name: str, network: str, seed: int) -> dict[st
         best = select(
             Candidates(
                 success,
-                np.array([s or r or 0.0 for s, r, _ in points]),
+                np.array([r or 0.0 if s is None else s for s, r, _ in points]),  # no plan has both
                 np.array([a or 0.0 for _, _, a in points]),
                 np.arange(1, N_STEPS + 1),
             )
@@ -208,52 +215,54 @@ def cell(folder: Path, out: Path, name: str, network: str, seed: int) -> dict[st
         step, radius, alpha = points[best.configuration]
         iteration = best.iteration + 1
         chosen[plan.name] = {"step": step, "radius": radius, "alpha": alpha, "iteration": iteration}
-    reports, whole = [], []
+    whole = []
     for module, data in fitted:
         assert module.found is not None
         for plan_name, choice in chosen.items():
             module.found["chosen"][plan_name] |= choice
         with torch.no_grad():
-            found = findings(module.test_step(data.arrays("test"), 0), n_resamples=200)
-        reports.append(summary(found))
-        whole.append(found)
-    mean = {
-        attack: {key: average([report[attack][key] for report in reports]) for key in reports[0][attack]}
-        for attack in reports[0]
-    }
-    result = {"attacks": mean, "chosen": chosen, "seconds": time.perf_counter() - started, "findings": whole}
+            whole.append(findings(module.test_step(data.arrays("test"), 0), n_resamples=200))
+    result = {"chosen": chosen, "seconds": time.perf_counter() - started, "findings": whole}
     write_whole(file, json.dumps(result, indent=1) + "\n")
-    return result
+    return with_figures(result)
 
 
-def summary(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def with_figures(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell as the table has it: ``folds``, the figures of each, in place of their reports."""
+    return {key: kept[key] for key in ("chosen", "seconds")} | {"folds": [summary(one) for one in kept["findings"]]}
+
+
+def summary(found: dict[str, Any]) -> Figures:
     """The figures of the table, by attack."""
-    victim = {"accuracy of the victim": found["victim"]["accuracy"]}
-    judge = found["judges"]["attacked"]
-    auc = {"AUC of the attacked detector": judge["trained_auc"], "valid": float(judge["valid"])}
-    rows = {}
+    victim, judge = found["victim"], found["judges"]["attacked"]
+    of_models = (victim["accuracy"], float(victim["one_class"]), judge["trained_auc"], float(judge["valid"]))
+    held_out = [name for name, one in found["judges"].items() if one["role"] == "held_out"]
+    rows: Figures = {}
     for name, attack in found["attacks"].items():
-        pooled, panel = attack["attacked"]["published"], attack["panel"]
-        rows[name] = (
-            victim
-            | auc
-            | {
-                "EFF": attack["effectiveness"],
-                "CONC": pooled["concealability"]["f1"],
-                "F": pooled["success"]["f1"],
-                "CONC two-sided": pooled["concealability"]["auc_two_sided"],
-                "F two-sided": pooled["success"]["auc_two_sided"],
-                "detected at 5 %": attack["judges"]["attacked"]["detection"]["0.05"],
-                "detected at 1 %": attack["judges"]["attacked"]["detection"]["0.01"],
-                "panel: CONC": _mean(panel["concealability"]["auc_two_sided"]),
-                "panel: F": _mean(panel["success"]["auc_two_sided"]),
-                "panel: detected at 5 %": _mean(panel["detection"]["0.05"]),
-                "panel: joint at 5 %": _mean(panel["joint_success"]["0.05"]),
-                "panel: joint at 1 %": _mean(panel["joint_success"]["0.01"]),
-                "Linf": attack["norms"]["linf"],
-                "L2": attack["norms"]["l2"],
-            }
-        )
+        pooled, panel, judges = attack["attacked"]["published"], attack["panel"], attack["judges"]
+        joint = [judges[one]["joint_success"]["0.05"] for one in held_out]
+        at_1_percent = attack["judges"]["attacked"]["detection"]["0.01"]
+        rows[name] = dict(zip(OF_MODELS, of_models, strict=True)) | {
+            "EFF": attack["effectiveness"],
+            "accuracy": attack["accuracy"],
+            "accuracy on correct": attack["accuracy_on_correct"],
+            "CONC": pooled["concealability"]["f1"],
+            "F": pooled["success"]["f1"],
+            "CONC two-sided": pooled["concealability"]["auc_two_sided"],
+            "F two-sided": pooled["success"]["auc_two_sided"],
+            "detected at 5 %": attack["judges"]["attacked"]["detection"]["0.05"],
+            "detected at 1 %": at_1_percent if found["n_series"] >= n_clean_required(0.01) else None,
+            "panel: judges": float(len(found["panel"])),
+            "panel: CONC": _mean(panel["concealability"]["auc_two_sided"]),
+            "panel: F": _mean(panel["success"]["auc_two_sided"]),
+            "panel: detected at 5 %": _mean(panel["detection"]["0.05"]),
+            "panel: joint at 5 %": _mean(panel["joint_success"]["0.05"]),
+            "panel: joint at 1 %": _mean(panel["joint_success"]["0.01"]),
+            "all judges: detected at 5 %": average([judges[one]["detection"]["0.05"] for one in held_out]),
+            "all judges: joint at 5 %": average([None if share is None else share[0] for share in joint]),
+            "Linf": attack["norms"]["linf"],
+            "L2": attack["norms"]["l2"],
+        }
     return rows
 
 
@@ -261,26 +270,29 @@ def read_table(file: Path) -> dict[Place, dict[str, Any]]:
     """Cells of a table, without the reports of their folds; none where there is no file."""
     cells: dict[Place, dict[str, Any]] = {}
     for row in csv.DictReader(StringIO(file.read_text(encoding="utf-8") if file.is_file() else "")):
-        name, network, seed, seconds, attack = (row.pop(key) for key in CELL_COLUMNS)
+        name, network, seed, seconds, fold, attack = (row.pop(key) for key in CELL_COLUMNS)
         values = {key: float(value) if value else None for key, value in row.items()}
-        cell = cells.setdefault((name, network, int(seed)), {"attacks": {}, "chosen": {}, "seconds": float(seconds)})
+        cell = cells.setdefault((name, network, int(seed)), {"folds": [], "chosen": {}, "seconds": float(seconds)})
         cell["chosen"][attack] = {key: values.pop(key) for key in CHOSEN}
-        cell["attacks"][attack] = values
+        if int(fold) == len(cell["folds"]):
+            cell["folds"].append({})
+        cell["folds"][int(fold)][attack] = values
     return cells
 
 
 def write_table(file: Path, cells: Mapping[Place, Mapping[str, Any]]) -> None:
-    """A row for each cell and attack, six digits a figure, nothing where a figure is not resolvable."""
+    """A row for each cell, fold and attack, six digits a figure, nothing where a figure is not resolvable."""
     text = StringIO()
     lines = csv.writer(text, lineterminator="\n")
     for place in sorted(cells):
         cell = cells[place]
-        for attack, figures in cell["attacks"].items():
-            if text.tell() == 0:
-                lines.writerow([*CELL_COLUMNS, *CHOSEN, *figures])
-            values = [*(cell["chosen"][attack][key] for key in CHOSEN), *figures.values()]
-            shown = ["" if value is None else f"{value:.6g}" for value in values]
-            lines.writerow([*place, f"{cell['seconds']:.0f}", attack, *shown])
+        for fold, attacks in enumerate(cell["folds"]):
+            for attack, figures in attacks.items():
+                if text.tell() == 0:
+                    lines.writerow([*CELL_COLUMNS, *CHOSEN, *figures])
+                values = [*(cell["chosen"][attack][key] for key in CHOSEN), *figures.values()]
+                shown = ["" if value is None else f"{value:.6g}" for value in values]
+                lines.writerow([*place, f"{cell['seconds']:.0f}", fold, attack, *shown])
     write_whole(file, text.getvalue())
 
 
@@ -288,63 +300,84 @@ def _mean(spread: dict[str, Any] | None) -> float | None:
     return None if spread is None else spread["mean"]
 
 
-def average(values: list[float | None]) -> float | None:
+def average(values: Sequence[float | None]) -> float | None:
     """Mean of what is defined; None where nothing is."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
+def of(runs: Sequence[Mapping[str, Any]], attack: str, key: str) -> list[float | None]:
+    """A figure of an attack in every fold of some cells."""
+    return [fold[attack][key] for run in runs for fold in run["folds"]]
+
+
+def shown(values: Sequence[float | None]) -> str:
+    """Mean, with the number of folds it is over where some have none."""
+    mean, n_known = average(values), sum(value is not None for value in values)
+    if mean is None:
+        return "-"
+    return f"{mean:.2f}" if n_known == len(values) else f"{mean:.2f} ({n_known} of {len(values)})"
+
+
 def overview(cells: dict[tuple[str, str], list[dict[str, Any]]]) -> Iterator[str]:
     """A row for each pair of set and network: F of every attack against the attacked detector, some joint success."""
-    names = [plan.name for plan in plans()]
-    shown = ["ifgsm", "ifgsm sum", "ifgsm harmonic"]
-    yield f"| set | network | seeds | victim | detector | {' | '.join(names)} | panel, joint: {' / '.join(shown)} |"
-    yield "|---" * (6 + len(names)) + "|"
+    names, some = [plan.name for plan in plans()], ("ifgsm", "ifgsm sum", "ifgsm harmonic")
+    held_out = {"panel": "panel: joint at 5 %", "all judges": "all judges: joint at 5 %"}
+    columns = [*names, *(f"{title}, joint: {' / '.join(some)}" for title in held_out)]
+    yield f"| set | network | seeds | victim | detector | {' | '.join(columns)} |"
+    yield "|---" * (5 + len(columns)) + "|"
     for (name, network), runs in cells.items():
-
-        def mean(attack: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
-            value = average([run["attacks"][attack][key] for run in runs])
-            return "-" if value is None else f"{value:.2f}"
-
-        valid = all(run["attacks"]["ifgsm"]["valid"] == 1 for run in runs)
-        detector = mean("ifgsm", "AUC of the attacked detector") + ("" if valid else " (not valid in all)")
-        scores = " | ".join(mean(attack, "F") for attack in names)
-        joint = " / ".join(mean(attack, "panel: joint at 5 %") for attack in shown)
-        victim = mean("ifgsm", "accuracy of the victim")
+        degenerate = sum(value == 1 for value in of(runs, "ifgsm", "one answer"))
+        n_folds = sum(len(run["folds"]) for run in runs)
+        victim = shown(of(runs, "ifgsm", "accuracy of the victim"))
+        victim += f" (one answer in {degenerate} of {n_folds})" if degenerate else ""
+        detector = shown(of(runs, "ifgsm", "AUC of the attacked detector"))
+        detector += "" if all(value == 1 for value in of(runs, "ifgsm", "valid")) else " (not valid in all)"
+        scores = " | ".join(shown(of(runs, attack, "F")) for attack in names)
+        joint = " | ".join(" / ".join(shown(of(runs, attack, key)) for attack in some) for key in held_out.values())
         yield f"| {name} | {network} | {len(runs)} | {victim} | {detector} | {scores} | {joint} |"
 
 
 def table(cells: dict[tuple[str, str], list[dict[str, Any]]]) -> Iterator[str]:
-    """A row for each pair and attack: mean over seeds, and the spread of F."""
-    first = cells[next(iter(cells))][0]["attacks"]["ifgsm"]
-    keys = [key for key in first if key not in ("accuracy of the victim", "AUC of the attacked detector", "valid", "F")]
+    """A row for each pair and attack: mean over folds and seeds, and the spread of F over seeds."""
+    first = cells[next(iter(cells))][0]["folds"][0]["ifgsm"]
+    keys = [key for key in first if key not in (*OF_MODELS, "F")]
     yield f"| set | network | attack | F (sd) | {' | '.join(keys)} |"
     yield "|---" * (4 + len(keys)) + "|"
     for (name, network), runs in cells.items():
-        for attack in runs[0]["attacks"]:
-            rows = [run["attacks"][attack] for run in runs]
-            values = [average([row[key] for row in rows]) for key in keys]
-            shown = " | ".join("-" if value is None else f"{value:.2f}" for value in values)
-            scores = [row["F"] for row in rows]
+        for attack in runs[0]["folds"][0]:
+            values = " | ".join(shown(of(runs, attack, key)) for key in keys)
+            scores = [np.mean(of([run], attack, "F")) for run in runs]
             spread = f" ({np.std(scores, ddof=1):.2f})" if len(scores) > 1 else ""
-            yield f"| {name} | {network} | {attack} | {np.mean(scores):.2f}{spread} | {shown} |"
+            yield f"| {name} | {network} | {attack} | {np.mean(scores):.2f}{spread} | {values} |"
 
 
 def verdict(cells: dict[tuple[str, str], list[dict[str, Any]]]) -> Iterator[str]:
     """In how many cells concealment beats the vanilla attack of its family, with an exact interval."""
     for family in ("ifgsm", "pgd"):
         for kind in ("sum", "harmonic"):
-            gains = [
-                np.mean([run["attacks"][f"{family} {kind}"]["F"] - run["attacks"][family]["F"] for run in runs])
-                for (name, _), runs in cells.items()
-                if name not in NOT_COUNTED
-            ]
-            if gains:
-                share = binomial_share(sum(gain > 0 for gain in gains), len(gains))
-                yield (
-                    f"- {family} {kind}: ahead of {family} in {share.n_hits} of {share.n} cells ({share.share:.2f} "
-                    f"[{share.low:.2f}, {share.high:.2f}]), mean gain in F {np.mean(gains):+.2f}."
-                )
+            for only, folds in (("", "all"), (", without victims of one answer", "able")):
+                gains = [
+                    np.mean(gain)
+                    for (name, _), runs in cells.items()
+                    if name not in NOT_COUNTED and (gain := _gains(runs, family, f"{family} {kind}", folds))
+                ]
+                if gains and (folds == "all" or any(1 in of(runs, family, "one answer") for runs in cells.values())):
+                    share = binomial_share(sum(gain > 0 for gain in gains), len(gains))
+                    yield (
+                        f"- {family} {kind}: ahead of {family} in {share.n_hits} of {share.n} cells "
+                        f"({share.share:.2f} [{share.low:.2f}, {share.high:.2f}]), "
+                        f"mean gain in F {np.mean(gains):+.2f}{only}."
+                    )
+
+
+def _gains(runs: list[dict[str, Any]], family: str, concealed: str, folds: str) -> list[float]:
+    return [
+        fold[concealed]["F"] - fold[family]["F"]
+        for run in runs
+        for fold in run["folds"]
+        if folds == "all" or fold[family]["one answer"] == 0
+    ]
 
 
 def main() -> None:
