@@ -6,7 +6,7 @@ Q queries, d width of the own state, k width of a context vector. An arm is a fe
 name                       features                      what it stands for
 ========================== ============================= =======================================================
 ``own``                    q                             no context
-``own+time``               q, time                       what a calendar and the own history's dates tell
+``own+time``               q, time                       what a clock and the own history's dates tell
 ``<aggregator>``           q, b                          context
 ``<aggregator>+time``      q, time, b                    context beside a calendar
 ``shuffled:<aggregator>``  q, b at another's moment      what any context of the same make does to a probe
@@ -16,8 +16,10 @@ name                       features                      what it stands for
 ``wide``                   q of a wider encoder          as many columns without context
 ========================== ============================= =======================================================
 
-"q, b" stands for z = combination(q, b), which is [q; b] with ``Concat``, time features between them. With any other
-combination time features follow z; noise and the constant are combined as the first aggregator does, with its q.
+"time" is :func:`time_features`, :func:`calendar_basis` at :func:`time_knots`, and, split by users and asked at more
+moments than there are knots, :func:`clock_rates`. "q, b" stands for z = combination(q, b), which is [q; b] with
+``Concat``, time features between them. With any other combination time features follow z; noise and the constant are
+combined as the first aggregator does, with its q.
 
 Source: spec of arXiv 2502.10205, section 11.8.
 """
@@ -105,8 +107,9 @@ def time_features(
 def time_knots(times: Tensor, n_knots: int = 48) -> Tensor:
     """Moments between which a linear probe may bend as it likes: quantiles of train query times, each once.
 
-    Where queries are asked at fewer distinct moments than ``n_knots``, such as calendar dates, every one is a knot: a
+    Where queries are asked at no more distinct moments than ``n_knots``, such as calendar dates, every one is a knot: a
     probe can then learn any function of the calendar, all that the mean of others could tell without being about them.
+    Where they are asked at more, :func:`clock_rates` tell what swings between the knots.
 
     Args:
         times: ``(Q_train,) int64`` microseconds, at least 1.
@@ -146,6 +149,68 @@ def calendar_basis(times: Tensor, knots: Tensor) -> Tensor:
     basis.scatter_add_(1, below.unsqueeze(1), 1 - share)
     basis.scatter_add_(1, above.unsqueeze(1), share)
     return basis.float()
+
+
+def clock_rates(
+    times: Tensor,
+    users: Tensor,
+    labels: Tensor,
+    train: Tensor,
+    n_classes: int,
+    *,
+    nearest: Sequence[int] = (4, 32, 256),
+    n_folds: int = 5,
+    seed: int = 0,
+) -> Tensor:
+    """How the labels of train queries at about the same moment came out: any function of a clock, learned from labels.
+
+        share_c = (labels c among the rows + m_c) / (rows + 1),   m_c = (labels c + 1) / (labels + K) of all rows
+
+    The rows are all train queries of the very moment, and as many before and behind it as make ``nearest`` together.
+    For a train query only users of other folds than its own have rows, so that no label tells itself, for others all.
+    Of use where queries of train surround those of the test; behind the end of train nothing is near.
+
+    Args:
+        times: ``(Q,) int64``.
+        users: ``(Q,) int64``.
+        labels: ``(Q,) int64`` in 0..n_classes-1; those outside of train are not read.
+        train: ``(Q,) bool``.
+        n_classes: K.
+        nearest: Rows of each resolution, rising.
+        n_folds: Folds of users, at least 2.
+        seed: Of the folds.
+
+    Returns:
+        ``(Q, R) float32``, of each resolution the log-odds of class 1 of two, else the K logarithms of the shares.
+
+    Raises:
+        ValueError: If there is no train query or fewer than two folds.
+    """
+    if n_folds < 2 or not bool(train.any()):
+        raise ValueError(f"clock_rates needs train queries and at least 2 folds, got {int(train.sum())} and {n_folds}")
+    people, known = users[train].unique(return_inverse=True)
+    lots = torch.randperm(len(people), generator=torch.Generator().manual_seed(seed)).to(users.device) % n_folds
+    asked, answers = times[train], labels[train]
+    fold = torch.full_like(users, -1)
+    fold[train] = lots[known]
+    found = torch.zeros(len(times), len(nearest), n_classes, dtype=torch.float64, device=times.device)
+    for number in fold.unique().tolist():
+        rows, read = fold == number, fold[train] != number
+        order = asked[read].argsort(stable=True)
+        moments = asked[read][order]
+        counts = torch.nn.functional.one_hot(answers[read][order], n_classes).double().cumsum(0)
+        counts = torch.cat([counts.new_zeros(1, n_classes), counts])
+        prior = (counts[-1] + 1) / (len(moments) + n_classes)
+        first = torch.searchsorted(moments, times[rows])
+        last = torch.searchsorted(moments, times[rows], right=True)
+        for place, n in enumerate(nearest):
+            size = (last - first).clamp(min=min(n, len(moments)))
+            start = (first - (size - (last - first)) // 2).clamp(min=0)
+            start = torch.minimum(start, len(moments) - size)
+            inside = size.unsqueeze(1)
+            found[rows, place] = (counts[start + size] - counts[start] + prior) / (inside + 1)
+    logs = found.log()
+    return (logs[..., 1] - logs[..., 0] if n_classes == 2 else logs.flatten(1)).float()
 
 
 def shuffled_times(times: Tensor, fold: Tensor, seed: int) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_modules.context.controls import (
     arm_names,
     assemble,
     calendar_basis,
+    clock_rates,
     constant_context,
     gaussian_like,
     shuffled_times,
@@ -240,7 +241,7 @@ def evaluate(
     wide_table = None if wide is None else encode_table(wide, events, window=model.rules.window)
     targets = []
     for name, queries in tqdm(batch["queries"].items(), desc="targets", disable=None, leave=False):
-        features, n_events, recency = _features(encoded, queries, evaluation, wide, wide_table, seed)
+        features, n_events, recency = _features(encoded, queries, evaluation, wide, wide_table, batch["split"], seed)
         targets.append(_probed(name, queries, features, n_events, recency, evaluation, seed))
     explained = evaluation.explained or _with_weights(model)
     first = next(iter(batch["queries"].values()))
@@ -264,6 +265,7 @@ def _features(
     evaluation: Evaluation,
     wide: EventEncoder | None,
     wide_table: Tensor | None,
+    split: str,
     seed: int,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     model, events = encoded.model, encoded.events
@@ -275,7 +277,11 @@ def _features(
         also_shuffled = []
     own = {name: encoded.own(name, users, times) for name in ["own", *(names if model.tune else [])]}
     calendar, n_events, recency = own_dates(events, own["own"], users, times, int(times[fold == 0].min()))
-    calendar = torch.cat([calendar, calendar_basis(times, time_knots(times[fold == 0]))], 1)
+    knots = time_knots(times[fold == 0])
+    calendar = torch.cat([calendar, calendar_basis(times, knots)], 1)
+    if split == "users" and len(knots) < len(times[fold == 0].unique()):
+        rates = clock_rates(times, users, queries["labels"], fold == 0, queries["n_classes"], seed=seed)
+        calendar = torch.cat([calendar, rates], 1)
     contexts: dict[str, Tensor] = {}
     for name in tqdm(names, desc="contexts", disable=None, leave=False):
         states = own.get(name, own["own"]).states

@@ -12,6 +12,7 @@ from lightning_modules.context.controls import (
     arm_names,
     assemble,
     calendar_basis,
+    clock_rates,
     constant_context,
     gaussian_like,
     shuffled_times,
@@ -200,6 +201,56 @@ def test_knots_are_the_dates_or_quantiles():
     assert time_knots(many, 5).tolist() == [0, 250, 500, 750, 1000]
     with pytest.raises(ValueError, match="at least 1 time"):
         time_knots(dates[:0])
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 1000),
+    n_classes=st.integers(2, 4),
+    n_moments=st.sampled_from([1, 5, 200]),
+    n_train=st.integers(1, 60),
+)
+def test_rates_of_the_clock_equal_a_loop_over_ranks(seed, n_classes, n_moments, n_train):
+    generator = torch.Generator().manual_seed(seed)
+    times, users = (torch.randint(0, high, (80,), generator=generator) for high in (n_moments, 9))
+    labels = torch.randint(0, n_classes, (80,), generator=generator)
+    train = torch.randperm(80, generator=generator) < n_train
+    people = users[train].unique().tolist()
+    lots = torch.randperm(len(people), generator=torch.Generator().manual_seed(5)) % 3
+    fold_of = dict(zip(people, lots.tolist(), strict=True))
+    expected = []
+    for row in range(80):
+        kept = [
+            (int(times[other]), int(labels[other]))
+            for other in range(80)
+            if train[other] and not (train[row] and fold_of[int(users[other])] == fold_of[int(users[row])])
+        ]
+        kept.sort(key=lambda pair: pair[0])
+        prior = [(sum(label == c for _, label in kept) + 1) / (len(kept) + n_classes) for c in range(n_classes)]
+        values = []
+        for n in (2, 7):
+            first, last = (sum(moment < times[row] + late for moment, _ in kept) for late in (0, 1))
+            size = max(last - first, min(n, len(kept)))
+            start = min(max(first - (size - (last - first)) // 2, 0), len(kept) - size)
+            told = [label for _, label in kept[start : start + size]]
+            shares = [(told.count(c) + prior[c]) / (len(told) + 1) for c in range(n_classes)]
+            logs = np.log(shares)
+            values += [logs[1] - logs[0]] if n_classes == 2 else list(logs)
+        expected.append(values)
+    found = clock_rates(times, users, labels, train, n_classes, nearest=(2, 7), n_folds=3, seed=5)
+    np.testing.assert_allclose(found, np.array(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_no_label_of_a_user_or_of_the_test_is_in_its_own_rates():
+    generator = torch.Generator().manual_seed(0)
+    times, users = torch.randint(0, 70, (300,), generator=generator), torch.randint(0, 40, (300,), generator=generator)
+    labels, train = torch.randint(0, 2, (300,), generator=generator), users < 25
+    before = clock_rates(times, users, labels, train, 2)
+    flipped = torch.where(users == 3, 1 - labels, labels)
+    after = clock_rates(times, users, flipped, train, 2)
+    assert torch.equal(after[users == 3], before[users == 3])
+    assert (after - before)[users != 3].abs().max() > 0.2
+    assert torch.equal(before, clock_rates(times, users, torch.where(train, labels, 1 - labels), train, 2))
 
 
 def test_a_linear_probe_can_learn_any_function_of_the_dates():

@@ -22,10 +22,19 @@ from lightning_modules.context import (
     Residual,
     evaluate,
 )
-from lightning_modules.context.controls import arm_names, calendar_basis, gaussian_like, shuffled_times, time_knots
+from lightning_modules.context.controls import (
+    arm_names,
+    calendar_basis,
+    clock_rates,
+    gaussian_like,
+    shuffled_times,
+    time_knots,
+)
 from lightning_modules.context.evaluation import Encoded, exported, own_dates
+from lightning_modules.context.findings import findings
 from lightning_modules.losses import NextEvent
-from lightning_modules.networks import RecurrentEncoder
+from lightning_modules.networks import EventEncoder, RecurrentEncoder
+from lightning_modules.networks.event_encoders import EventEmbedding
 
 DAY = 86_400_000_000
 FACTS = {"vocabulary_sizes": [14], "n_numeric": 1}
@@ -81,7 +90,8 @@ def test_the_features_of_every_arm_are_what_its_name_says(batch):
     encoded = Encoded(model, batch["events"], batch["context_users"])
     own = encoded.own("kernel", users, times)
     calendar, n_events, recency = own_dates(batch["events"], own, users, times, int(times[fold == 0].min()))
-    calendar = torch.cat([calendar, calendar_basis(times, time_knots(times[fold == 0]))], 1)
+    rates = clock_rates(times, users, queries["labels"], fold == 0, 2, seed=3)
+    calendar = torch.cat([calendar, calendar_basis(times, time_knots(times[fold == 0])), rates], 1)
     kernel = encoded.context("kernel", own.states, users, times)
     elsewhen = encoded.context("mean", own.states, users, shuffled_times(times, fold, 3))
     with torch.no_grad():
@@ -296,3 +306,76 @@ def test_exports_without_targets_or_aggregators_are_refused(batch):
         exported(model, batch | {"queries": {}}, Evaluation())
     with pytest.raises(ValueError, match=r"evaluation\.explained names 'kernel', there are mean"):
         exported(model, batch, Evaluation(explained="kernel"))
+
+
+class LastType(EventEncoder):
+    """One-hot type of the last event."""
+
+    def __init__(self, *, vocabulary_sizes, n_numeric):
+        super().__init__(EventEmbedding(vocabulary_sizes, n_numeric, d_embedding=2), d_model=vocabulary_sizes[0])
+
+    def advance(self, batch, memory):
+        return torch.nn.functional.one_hot(batch["categorical"][..., 0], self.d_model).float(), memory
+
+    def unroll(self, vectors, memory):
+        raise NotImplementedError
+
+    def initial_state(self):
+        return torch.zeros(self.d_model)
+
+
+@pytest.mark.parametrize("split", ["users", "time"])
+def test_a_clock_that_swings_between_the_knots_is_no_help_of_others(split):
+    """Labels and everybody's events are a function of the date, of which there are many more than knots."""
+    generator = torch.Generator().manual_seed(0)
+    n_users, n_days = 150, 600
+    state = torch.randint(2, (n_days // 8,), generator=generator).repeat_interleave(8)
+    speaks, asked = (torch.rand(n_users, n_days, generator=generator) < 0.08 for _ in range(2))
+    (_, days), (users, asked_days) = (one.nonzero(as_tuple=True) for one in (speaks, asked))
+    events = {
+        "categorical": 2 + state[days][:, None],
+        "numeric": torch.zeros(len(days), 1),
+        "times": (days + 1) * DAY,
+        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), speaks.sum(1).cumsum(0)]),
+    }
+    fold = torch.tensor([0] * 90 + [1] * 20 + [2] * 40)[users].to(torch.int8)
+    if split == "time":
+        fold = (asked_days // (n_days // 3)).clamp(max=2).to(torch.int8)
+    query = {
+        "users": users,
+        "times": (asked_days + 1) * DAY + DAY // 2,
+        "labels": state[asked_days],
+        "fold": fold,
+        "n_classes": 2,
+        "scope": "local",
+        "outcome_dependent": False,
+        "description": "a clock",
+    }
+    batch = {
+        "events": events,
+        "user_ids": list(range(n_users)),
+        "queries": {"clock": query},
+        "context_users": torch.arange(90),
+        "train_stop": 2**63 - 1,
+        "split": split,
+    }
+    model = EnrichedEncoder(
+        LastType(vocabulary_sizes=[4], n_numeric=1),
+        {"mean": Mean},
+        combination=Concat,
+        objective=NextEvent,
+        median_gap=1.0,
+        rules=ContextRules(n_users=None),
+        vocabulary_sizes=[4],
+        n_numeric=1,
+    ).eval()
+    study = evaluate(model, batch, Evaluation(gaussian=False, constant=False), seed=0)
+    found = findings(study, n_resamples=100)["targets"]["clock"]
+    told = {arm: row["measures"]["roc_auc"][0] for arm, row in found["arms"].items()}
+    assert told["mean"] > told["own"] + 0.1, "the mean of others tells the date"
+    if split == "users":
+        assert told["own+time"] > 0.99
+        assert not found["helps"]
+    else:  # nothing of these dates is known but by others
+        assert told["own+time"] < told["mean+time"] - 0.05
+        assert found["helps"]
