@@ -207,9 +207,10 @@ def cell(folder: Path, out: Path, name: str, network: str, seed: int) -> dict[st
         best = select(
             Candidates(
                 success,
-                np.array([r or 0.0 if s is None else s for s, r, _ in points]),  # no plan has both
+                np.array([r or 0.0 if s is None else s for s, r, _ in points]),
                 np.array([a or 0.0 for _, _, a in points]),
                 np.arange(1, N_STEPS + 1),
+                np.array([r or 0.0 for _, r, _ in points]),
             )
         )
         step, radius, alpha = points[best.configuration]

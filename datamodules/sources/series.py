@@ -37,7 +37,7 @@ class LabelledSeries:
         lengths: ``(N,) int64``, 1..T.
         labels: N class names; numbers are written plainly, ``1`` for ``1.0000e+00``.
         declared: Class names that the header lists, empty if it lists none.
-        may_vary: Whether the file says that lengths differ.
+        may_vary: Whether the file says that lengths differ, a ``.tsv`` by rows that end in NaN.
     """
 
     path: Path
@@ -214,7 +214,25 @@ def _parse_table(path: Path, lines: Sequence[str]) -> _Parsed:
     for line in lines:
         label, *values = line.split(separator, 1)
         rows.append(_Row(values, label))
-    return _Parsed(rows, separator, first_column=2)
+    parsed = _Parsed(rows, separator, first_column=2)
+    return _without_padding(path, parsed) if ".tsv" in path.suffixes else parsed
+
+
+def _without_padding(path: Path, parsed: _Parsed) -> _Parsed:
+    """Series of different lengths as the archive of 2018 writes them: rows of one width that end in NaN."""
+    shortened, widths = [], []
+    for row in parsed.rows:
+        cells = row.channels[0].split(parsed.separator) if row.channels else []
+        widths.append(len(cells))
+        while cells and cells[-1].strip() == "NaN":
+            cells.pop()
+        shortened.append(_Row([(parsed.separator or " ").join(cells)] if cells else [], row.label))
+    if shortened == parsed.rows:
+        return parsed
+    for number, width in enumerate(widths, start=1):
+        if width != widths[0]:
+            raise ValueError(f"{path}: row {number}: {width} values, NaN at its end included, expected {widths[0]}")
+    return parsed._replace(rows=shortened, may_vary=True)
 
 
 def _parse_arff(path: Path, lines: Sequence[str]) -> _Parsed:

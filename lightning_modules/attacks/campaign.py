@@ -113,7 +113,7 @@ def choose(
     Returns:
         Plain values: ``step``, ``radius``, ``alpha``, ``restart``, ``iteration``, ``success``, ``scales``, and the
         tensors ``effectiveness`` and ``concealability``, ``(G, N + 1)``. Of equal configurations the smaller step is
-        chosen, then the smaller alpha, the fewer iterations, the lower restart.
+        chosen, then the smaller radius, the smaller alpha, the fewer iterations, the lower restart.
     """
     networks = [judge.network for judge in detectors]
     scales = None
@@ -154,6 +154,7 @@ def choose(
             np.array(size, dtype=np.float64),
             np.array([point.alpha or 0.0 for point in points]),
             np.arange(1, success.shape[1]),
+            np.array([point.radius or 0.0 for point in points]),
         )
     )
     point, iteration = points[choice.configuration], choice.iteration + 1

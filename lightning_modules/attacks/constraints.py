@@ -3,8 +3,8 @@
 B series, T steps, C channels. A constraint maps an iterate to one that meets it. The attack applies them in order
 after the projection and projects once more, so that the ball has the last word; :class:`ZNormManifold` is written to
 meet both. Steps that :class:`Frozen` holds are no steps for the others, as padded ones, which never change. Where
-:class:`LowPass` is among them its subspace comes first, and ball and bounds shorten the perturbation as a whole. So all
-of them hold at once; what cannot is refused (:func:`refuse_together`).
+:class:`LowPass` is among them its subspace comes first, and the ball shortens the perturbation as a whole; with bounds
+beside it projections take turns. So all of them hold at once; what cannot is refused (:func:`refuse_together`).
 """
 
 from abc import ABC, abstractmethod
@@ -74,10 +74,6 @@ class Constraint(ABC):
             mask: ``(B, T) bool`` steps that may move, None for all.
         """
 
-    def shorten(self, x: Tensor, ball: Ball, mask: Tensor | None) -> Tensor:
-        """As :meth:`apply`, where the perturbation must keep its direction, if the set allows it."""
-        return self.apply(x, ball, mask)
-
 
 class Bounds(Constraint):
     """``low <= x <= high``.
@@ -106,14 +102,6 @@ class Bounds(Constraint):
     def apply(self, x: Tensor, ball: Ball, mask: Tensor | None) -> Tensor:
         """Clamp the values."""
         return x.clamp(self.low, self.high)
-
-    def shorten(self, x: Tensor, ball: Ball, mask: Tensor | None) -> Tensor:
-        """Shorten the perturbation of a series until all its values fit."""
-        delta = x - ball.x0
-        room = torch.where(delta > 0, self.high - ball.x0, ball.x0 - self.low).clamp(min=0)
-        share = torch.where(delta.abs() > room, room / delta.abs(), 1.0).amin(dim=(1, 2), keepdim=True)
-        # the clamp is for the last digit alone, and for padding, which may lie outside
-        return torch.where(share < 1, (ball.x0 + share * delta).clamp(self.low, self.high), x)
 
 
 class Frozen(Constraint):
@@ -153,14 +141,17 @@ class Frozen(Constraint):
 class LowPass(Constraint):
     """Perturbation without frequencies above a cut-off: an orthogonal projection on the lowest Fourier terms.
 
-    Balls and bounds shorten the perturbation and keep it so. Beside :class:`Frozen` it is the projection on those sums
-    of these terms that are 0 at the frozen steps; of the few terms of a low cut-off little may be left then.
+    Balls shorten the perturbation and keep it so. Beside :class:`Bounds`, which hold to the last digit, a thousandth of
+    it may lie above the cut-off. Beside :class:`Frozen` it is the projection on those sums of these terms that are 0 at
+    the frozen steps; of the few terms of a low cut-off little may be left then, and where nothing is the attack is
+    refused.
 
     Args:
         cutoff: Highest frequency kept, in cycles a step, above 0 and below 0.5 (Nyquist).
 
     Raises:
-        ValueError: If ``cutoff`` lies outside; at the attack, if series are padded, which would smear over their end.
+        ValueError: If ``cutoff`` lies outside; at the attack, if series are padded, which would smear over their end,
+            or no sum of the terms is 0 at the frozen steps.
     """
 
     is_subspace = True
@@ -169,7 +160,7 @@ class LowPass(Constraint):
         if not 0 < cutoff < 0.5:
             raise ValueError(f"cutoff must lie strictly between 0 and 0.5 cycles a step, got {cutoff}")
         self.cutoff = cutoff
-        self._beside: tuple[Tensor, Tensor] | None = None
+        self._asked: tuple[Tensor, Tensor | None] | None = None
 
     def check(self, x0: Tensor, mask: Tensor | None) -> None:
         """Refuse padded series."""
@@ -179,10 +170,8 @@ class LowPass(Constraint):
     def apply(self, x: Tensor, ball: Ball, mask: Tensor | None) -> Tensor:
         """Drop the high frequencies of ``x - x0``."""
         delta = (x - ball.x0).to(torch.promote_types(x.dtype, torch.float32))  # no FFT in half precision on a CPU
-        if mask is None or bool(mask.all()):
-            low = self._filtered(delta)
-        else:
-            low = torch.einsum("st,btc->bsc", self._projector(mask[0]).to(delta), delta)
+        projector = None if mask is None else self._projector(mask)
+        low = self._filtered(delta) if projector is None else torch.einsum("st,btc->bsc", projector.to(delta), delta)
         return ball.x0 + low.to(x.dtype)
 
     def _filtered(self, delta: Tensor) -> Tensor:
@@ -190,17 +179,29 @@ class LowPass(Constraint):
         kept = torch.fft.rfftfreq(delta.shape[1], device=delta.device) <= self.cutoff
         return torch.fft.irfft(spectrum * kept[:, None], n=delta.shape[1], dim=1)
 
-    def _projector(self, moving: Tensor) -> Tensor:
-        """``(T, T) float64`` on low frequencies that are 0 where steps ``(T,)`` may not move; made once."""
-        if self._beside is None or not torch.equal(self._beside[0], moving):
-            every = torch.eye(len(moving), dtype=torch.float64, device=moving.device)[None]
-            values, terms = torch.linalg.eigh(self._filtered(every)[0])  # 1 for the terms that are kept, else 0
-            terms = terms[:, values > 0.5]
-            _, sizes, rows = torch.linalg.svd(terms[~moving], full_matrices=True)
-            # sums of terms that are 0 at the frozen steps, to a digit that putting clean values back there drops
-            free = terms @ rows[int((sizes > 1e-7).sum()) :].T
-            self._beside = moving, free @ free.T
-        return self._beside[1]
+    def _projector(self, mask: Tensor) -> Tensor | None:
+        """``(T, T) float64`` on low frequencies that are 0 where steps may not move; None where all may.
+
+        Kept for the mask it was asked for, which is one object in all steps of a run: nothing else is read in a loop.
+        """
+        if self._asked is None or self._asked[0] is not mask:
+            self._asked = mask, None if bool(mask.all()) else self._beside(mask[0])
+        return self._asked[1]
+
+    def _beside(self, moving: Tensor) -> Tensor:
+        every = torch.eye(len(moving), dtype=torch.float64, device=moving.device)[None]
+        values, terms = torch.linalg.eigh(self._filtered(every)[0])  # 1 for the terms that are kept, else 0
+        terms = terms[:, values > 0.5]
+        _, sizes, rows = torch.linalg.svd(terms[~moving], full_matrices=True)
+        # sums of terms that are 0 at the frozen steps, to a digit that putting clean values back there drops
+        free = terms @ rows[int((sizes > 1e-7).sum()) :].T
+        if free.shape[1] == 0:
+            n_held = int((~moving).sum())
+            raise ValueError(
+                f"LowPass({self.cutoff}) keeps {terms.shape[1]} terms, and none of their sums is 0 at the {n_held} "
+                "frozen steps: nothing could move"
+            )
+        return free @ free.T
 
 
 class ZNormManifold(Constraint):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_modules.attacks.engine import Attack
 from lightning_modules.attacks.grid import grid_points
 from lightning_modules.attacks.judges import DATA_SPLIT
+from lightning_modules.attacks.objectives import Vanilla
 from lightning_modules.attacks.study import Role
 from lightning_modules.collectives import gather_objects, n_processes, rank
 from lightning_modules.networks import NetworkFactory
@@ -92,9 +93,10 @@ class DiscriminatorPlan:
         seed: Of its weights.
 
     Raises:
-        ValueError: If a number is out of range, there are rounds without an attack or with one that has no step or
-            radius, or a vanilla attack reads detectors, aims at classes or has a step that would not follow the radius
-            of its ball.
+        ValueError: If a number is out of range; there are rounds without an attack, an attack without rounds, or one
+            that has no step or radius or hides from nobody; a vanilla attack reads detectors or other series, or has a
+            step that would not follow the radius of its ball; any attack aims at classes or couples the series of a
+            batch, so that what a series is shown as would depend on who was asked with it.
     """
 
     def __init__(
@@ -131,11 +133,12 @@ class DiscriminatorPlan:
             )
         vanilla = (TrainingAttack(name=training_attacks, attack=attack, start=start), *mixture)
         for one in vanilla:
-            if one.attack.hides() or one.attack.targeted:
+            if not isinstance(one.attack.objective, Vanilla):
                 raise ValueError(
-                    f"attack {one.name!r} of discriminator {name!r} must be vanilla and untargeted, give others to "
-                    "rounds"
+                    f"attack {one.name!r} of discriminator {name!r} must be vanilla, got the objective "
+                    f"{type(one.attack.objective).__name__}: give others to rounds"
                 )
+            _refuse_targeted_or_coupled(f"attack {one.name!r} of discriminator {name!r}", one.attack)
             if one.attack.projection is not None and one.attack.stepper.ball is None:
                 raise ValueError(
                     f"attack {one.name!r} of discriminator {name!r}: with a ball the schedule sets its radius, which "
@@ -143,8 +146,15 @@ class DiscriminatorPlan:
                 )
         if n_rounds and round_attack is None:
             raise ValueError(f"n_rounds {n_rounds} of discriminator {name!r} need a round_attack, got none")
-        for strength, part in _missing_strengths(round_attack).items() if round_attack is not None else ():
-            raise ValueError(f"round_attack of discriminator {name!r} needs a {strength}: give one to {part}")
+        if round_attack is not None:
+            of = f"round_attack of discriminator {name!r}"
+            if not n_rounds:
+                raise ValueError(f"{of} is for rounds: give n_rounds of at least 1, got 0")
+            if not round_attack.hides():
+                raise ValueError(f"{of} must hide from detectors, got {type(round_attack.objective).__name__}")
+            _refuse_targeted_or_coupled(of, round_attack)
+            for strength, part in _missing_strengths(round_attack).items():
+                raise ValueError(f"{of} needs a {strength}: give one to {part}")
         self.name, self.network, self.role = name, network, role
         self.epochs_per_level, self.replay, self.seed = epochs_per_level, replay, seed
         levels = [
@@ -284,6 +294,12 @@ def detection_loss(clean_logits: Tensor, adversarial_logits: Tensor) -> Tensor:
     """
     softplus = torch.nn.functional.softplus
     return (softplus(clean_logits).mean() + softplus(-adversarial_logits).mean()) / 2
+
+
+def _refuse_targeted_or_coupled(of: str, attack: Attack) -> None:
+    if attack.targeted or attack.couples_batch:
+        found = "is targeted" if attack.targeted else "couples the series of a batch"
+        raise ValueError(f"{of} must be untargeted and attack each series by itself, it {found}")
 
 
 def _missing_strengths(attack: Attack) -> dict[str, str]:

@@ -112,6 +112,8 @@ class Attack:
             raise ValueError(f"{name} needs {kind}, got {projection and type(projection).__name__}")
         if random_start and projection is None:
             raise ValueError("random_start needs a projection to start inside of, got None")
+        if random_start and stepper.starts_itself:
+            raise ValueError(f"{type(stepper).__name__} begins at a random point of its own: leave random_start out")
         refuse_together(constraints)
         self.objective, self.stepper, self.projection = objective, stepper, projection
         self.constraints = tuple(constraints)
@@ -284,8 +286,10 @@ class Attack:
 
     def seed(self, generator: torch.Generator | int | None) -> int:
         """Seed of an attack: one draw of the generator, and none where nothing is random."""
-        if isinstance(generator, int) or not self.is_random:
-            return generator if isinstance(generator, int) else 0
+        if generator is not None and not isinstance(generator, torch.Generator):
+            return int(generator)  # of numpy too
+        if not self.is_random:
+            return 0
         device = "cpu" if generator is None else generator.device
         return int(torch.randint(2**62, (1,), generator=generator, device=device))
 

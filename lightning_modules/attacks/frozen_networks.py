@@ -115,9 +115,9 @@ def frozen(networks: Iterable[Network], device: torch.device) -> Iterator[None]:
     """Evaluation mode, no gradient for any parameter; afterwards, also after an exception, everything as before.
 
     Restored are the train flag of every submodule, ``requires_grad`` of every parameter, and every buffer that was
-    written or replaced, also in the program of a :class:`Victim`. ``.grad`` is never touched. Autograd works inside
-    even where the caller is in ``no_grad`` or ``inference_mode``. The backward of cuDNN's recurrent layers refuses
-    evaluation mode: cuDNN is off while a network on CUDA contains one.
+    written, replaced, or None and filled, also in the program of a :class:`Victim`. ``.grad`` is never touched.
+    Autograd works inside even where the caller is in ``no_grad`` or ``inference_mode``. The backward of cuDNN's
+    recurrent layers refuses evaluation mode: cuDNN is off while a network on CUDA contains one.
 
     Args:
         networks: Classifier, detectors, surrogate; one may occur twice.
@@ -140,6 +140,10 @@ def frozen(networks: Iterable[Network], device: torch.device) -> Iterator[None]:
                     parameter.requires_grad_(False)
             for name, buffer in module.named_buffers(recurse=False):
                 undo.callback(_restore_buffer, module, name, buffer, buffer.detach().clone())
+            buffers = module._buffers
+            if isinstance(buffers, dict):  # TorchScript keeps its own, and none of them is None
+                for name in [name for name, buffer in buffers.items() if buffer is None]:
+                    undo.callback(buffers.__setitem__, name, None)
         yield
 
 

@@ -197,8 +197,9 @@ class TwoStatisticsJudge:
     """The two-line detector of z-normalised sets (T7): ``max(|mean|, |std - 1|)`` over channels.
 
     Scores below ``tie`` are 0 and so equal: they lie within the archive's own rounding, and a detector that reads them
-    reads float32 arithmetic (the strict form, ``tie`` 0). Not applicable to sets that are not z-normalised series by
-    series.
+    reads float32 arithmetic (the strict form, ``tie`` 0). Of a channel that is constant in the scored series the mean
+    alone counts, for no division makes its deviation 1; one that was constant and no longer is deviates. Not applicable
+    to sets that are not z-normalised series by series.
 
     Args:
         name: Name in reports.
@@ -226,7 +227,9 @@ class TwoStatisticsJudge:
         """
         values, mask = _checked(series, mask)
         mean, deviation, _ = _moments(values, mask, self.ddof)
-        found = torch.maximum(mean.abs(), (deviation - 1).abs()).amax(1)
+        padded = ~mask[..., None]
+        varies = values.masked_fill(padded, -torch.inf).amax(1) > values.masked_fill(padded, torch.inf).amin(1)
+        found = torch.maximum(mean.abs(), torch.where(varies, (deviation - 1).abs(), 0.0)).amax(1)
         return torch.where(found < self.tie, 0.0, found)
 
 

@@ -16,10 +16,13 @@ from lightning_modules.attacks.gradients import choose
 from lightning_modules.attacks.objectives import Terms
 from lightning_modules.attacks.projections import Strength, per_series
 from lightning_modules.attacks.series_noise import SeriesNoise
-from lightning_modules.attacks.victims import Role, check_outputs, check_shape, refuse_probabilities
+from lightning_modules.attacks.victims import Role, check_labels, check_outputs, check_shape
 
 if TYPE_CHECKING:
     from lightning_modules.attacks.engine import Attack
+
+ROUNDS = 50
+"""Projections in turn, after which a perturbation is off its subspace by less than a thousandth of its norm."""
 
 Networks = tuple[Network, Network, list[Network]]
 """Victim, network that gives the gradients, detectors."""
@@ -111,6 +114,7 @@ class Run:
         self._attack = attack
         self._victim, self._source, self._detectors = networks
         self._labels, self._weights = y, weights
+        self._source_logits: Tensor | None = None  # of the first point, the clean series or the start
         # asked once, not in every step: a signature is slow to read
         self._take_mask = {id(network): takes_mask(network) for network in (*networks[:2], *networks[2])}
         self.mask, self.n_steps, self.noise = mask, attack.n_steps, noise
@@ -121,7 +125,8 @@ class Run:
                 moving = (~held).expand(x.shape[:2])
                 self.steps = moving if self.steps is None else self.steps & moving
         self._movable = None if self.steps is None else self.steps[..., None]
-        self._in_subspace = any(constraint.is_subspace for constraint in attack.constraints)
+        self._subspaces = [one for one in attack.constraints if one.is_subspace]
+        self._beside = [one for one in attack.constraints if not one.is_subspace and one.held(x) is None]
         if weights is not None:
             weighted = (weights > 0)[:, None, None]
             self._movable = weighted if self._movable is None else self._movable & weighted
@@ -144,24 +149,36 @@ class Run:
         """Into the ball about the clean series, through the constraints, and into the ball once more.
 
         What must lie in a subspace goes there first, so that the ball is not spent on what is dropped, and is then
-        shortened as a whole: a clamp would leave the subspace.
+        shortened as a whole: a clamp would leave the subspace. Where bounds stand beside it, shortening would leave
+        nothing of a series that touches one: :data:`ROUNDS` of projections on subspace, bounds and ball in turn come
+        to a point of all, but for the last digits of the subspace, which has the first word.
         """
         x = self.keep_clean(x)
-        if self._in_subspace:
-            for constraint in self._attack.constraints:
-                if constraint.is_subspace:
-                    x = constraint.apply(x, self.ball, self.steps)
-            x = self.ball.shorten(x)
-            for constraint in self._attack.constraints:
-                if not constraint.is_subspace:
-                    x = constraint.shorten(x, self.ball, self.steps)
-            return self.keep_clean(x)
+        if self._subspaces:
+            x = self._drop(x)
+            if not self._beside:
+                return self.keep_clean(self.ball.shorten(x))
+            for _ in range(ROUNDS):
+                x = self._drop(self._inside(x))
+            return self.keep_clean(self._inside(x))
         x = self.ball.project(x)
         for constraint in self._attack.constraints:
             x = constraint.apply(x, self.ball, self.steps)
         if self._attack.constraints:
             x = self.ball.project(self.keep_clean(x))
         return self.keep_clean(x)  # x0 + (x0 - x0) is x0 up to the sign of zero, and not where padding is infinite
+
+    def _drop(self, x: Tensor) -> Tensor:
+        for constraint in self._subspaces:
+            x = constraint.apply(x, self.ball, self.steps)
+        return x
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """In the ball, and inside the bounds, which lie about the clean series: a clamp to them leaves no ball."""
+        x = self.ball.project(x)
+        for constraint in self._beside:
+            x = constraint.apply(x, self.ball, self.steps)
+        return x
 
     def random_start(self) -> Tensor:
         """A random point of the ball."""
@@ -178,7 +195,11 @@ class Run:
         objective = self._attack.objective
         point = x.detach().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient and objective.attacks_classifier):
-            source_logits = self._logits(self._source, point, "classifier")
+            role: Role = "classifier" if self._source is self._victim else "surrogate"
+            source_logits = self._logits(self._source, point, role)
+            if self._source_logits is None:
+                check_labels(source_logits, self._labels, role)
+                self._source_logits = source_logits.detach()
             class_loss = objective.class_losses(source_logits, self._labels)
         logits = source_logits
         if self._source is not self._victim:
@@ -242,6 +263,10 @@ class Run:
         x, mask = self.ball.x0, self.mask
         check_outputs(self._victim, x, mask, evaluation.logits, "classifier", self._labels)
         if self._source is not self._victim:
-            refuse_probabilities(self._source, x, mask)
+            assert self._source_logits is not None
+            check_outputs(self._source, x, mask, self._source_logits, "surrogate")
+            given, wanted = (max(2, logits.shape[1]) for logits in (self._source_logits, evaluation.logits))
+            if given != wanted:
+                raise ValueError(f"the surrogate must tell the {wanted} classes of the classifier, got {given}")
         for detector, logits in zip(self._detectors, evaluation.detector_logits, strict=True):
             check_outputs(detector, x, mask, logits[:, None], "detector")

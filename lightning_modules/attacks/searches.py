@@ -117,6 +117,7 @@ class SquareSearch(Stepper):
     uses_noise = True
     uses_values = True
     step_from_radius = True
+    starts_itself = True
     ball = Linf
 
     SCHEDULE: ClassVar[tuple[float, ...]] = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)

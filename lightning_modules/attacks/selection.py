@@ -33,30 +33,35 @@ class Candidates:
     Attributes:
         success: ``(P, I) float`` success F on validation; NaN for a candidate that has none.
         step: ``(P,) float`` step length, or radius, of each configuration.
+        radius: ``(P,) float`` radius beside a step of its own; None where there is no such axis.
         alpha: ``(P,) float`` weight of the detector loss; zeros for an attack without one.
         n_steps: ``(I,) int`` iterations behind each column.
 
     Raises:
-        ValueError: If the shapes disagree, there is no candidate, or step, alpha or n_steps hold NaN.
+        ValueError: If the shapes disagree, there is no candidate, or step, radius, alpha or n_steps hold NaN.
     """
 
     success: Array
     step: Array
     alpha: Array
     n_steps: NDArray[np.int64]
+    radius: Array | None = None
 
     def __post_init__(self) -> None:
         if self.success.ndim != 2 or self.success.size == 0:
             raise ValueError(f"success must be (P, I) with at least one candidate, got shape {self.success.shape}")
         n_configurations, n_columns = self.success.shape
-        for name, size in (("step", n_configurations), ("alpha", n_configurations), ("n_steps", n_columns)):
+        rows = n_configurations
+        for name, size in (("step", rows), ("radius", rows), ("alpha", rows), ("n_steps", n_columns)):
             values = getattr(self, name)
+            if values is None and name == "radius":
+                continue
             if values.shape != (size,) or np.isnan(values).any():
                 raise ValueError(f"{name} must be ({size},) without NaN, got shape {values.shape}")
 
 
 def select(candidates: Candidates) -> Choice:
-    """The candidate of largest F; among equals the smallest step, then the smallest alpha, then the fewest steps.
+    """The candidate of largest F; among equals the smallest step, then radius, then alpha, then the fewest steps.
 
     What is equal in all of these (two seeds) goes to the first configuration. F within :data:`TIE` of the largest
     is equal to it. NaN is never selected.
@@ -75,7 +80,8 @@ def select(candidates: Candidates) -> Choice:
         raise ValueError(f"success must hold a number for at least one candidate, got NaN for all {success.size}")
     rows, columns = np.nonzero(success >= np.nanmax(success) - TIE)
     # lexsort: the last key counts first
-    order = np.lexsort((rows, candidates.n_steps[columns], candidates.alpha[rows], candidates.step[rows]))
+    radius = candidates.step if candidates.radius is None else candidates.radius
+    order = np.lexsort((rows, candidates.n_steps[columns], candidates.alpha[rows], radius[rows], candidates.step[rows]))
     return Choice(int(rows[order[0]]), int(columns[order[0]]))
 
 

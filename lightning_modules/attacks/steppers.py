@@ -26,8 +26,8 @@ class Stepper(ABC):
     """How an attack moves.
 
     Attributes say what it needs: ``uses_gradient`` at the iterate, ``uses_values`` to compare points,
-    ``uses_noise``, the kind of ``ball``, whether it ``couples_batch``, and ``step_from_radius``: its step follows the
-    radius of the ball, and none can be given.
+    ``uses_noise``, the kind of ``ball``, whether it ``couples_batch``, ``starts_itself`` at a random point, and
+    ``step_from_radius``: its step follows the radius of the ball, and none can be given.
 
     Args:
         step: Length ``s`` of a step, in units of the series; above 0. None where every call gives its own.
@@ -40,6 +40,7 @@ class Stepper(ABC):
     uses_values: ClassVar[bool] = False
     uses_noise: bool = False
     step_from_radius: ClassVar[bool] = False
+    starts_itself: ClassVar[bool] = False
     ball: ClassVar[type[Projection] | None] = None
     couples_batch: ClassVar[bool] = False
 
@@ -189,7 +190,7 @@ class AdamStep(Stepper):
     """SGM: Adam on a free perturbation ``r`` of ``-mu L + nu |r|_2 + lam sum_t |r_t - r_{t+1}|``, ``L`` the objective.
 
     One Adam state for the whole attack and one loss for each series; the ball, where there is one, clamps ``r`` inside
-    the loop. ``r`` begins as a random sign pattern.
+    the loop. ``r`` begins as a random sign pattern. Weights of series multiply L alone.
 
     Args:
         step: Adam's learning rate, in units of the series.

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from lightning_modules.attacks.frozen_networks import Network, call, frozen, modules_of, takes_mask
 
 AFFINE = ("Add", "Div", "Mean", "Mul", "Neg", "Rsub", "Sub")
-"""Beginnings of the names of nodes that scale, shift or average what comes from one other node alone."""
+"""Names of nodes that scale, shift or average what comes from one other node alone; ``Addmm`` is a layer."""
 
 SHAPE_ONLY = (
     *("Alias", "AsStrided", "Cat", "Clamp", "Clone", "Expand", "Permute", "Reshape", "Select", "Slice", "Split"),
-    *("Squeeze", "Stack", "T", "ToCopy", "Transpose", "Unbind", "Unsafe", "Unsqueeze", "UnsafeView", "View"),
+    *("Squeeze", "Stack", "TBackward", "ToCopy", "Transpose", "Unbind", "Unsafe", "Unsqueeze", "UnsafeView", "View"),
 )
 """Beginnings of the names of autograd nodes that move values about (or clip them) without turning them into others."""
 
@@ -28,7 +28,7 @@ PROBES = (1.0, -1.0, 10.0, -10.0, 100.0, -100.0)
 """Factors of the series that show whether a single output can leave 0..1."""
 
 
-Role = Literal["classifier", "detector"]
+Role = Literal["classifier", "surrogate", "detector"]
 
 
 def _ends_in_sigmoid(output: Tensor) -> bool:
@@ -38,7 +38,8 @@ def _ends_in_sigmoid(output: Tensor) -> bool:
         if node.name().startswith(("Sigmoid", "Softmax")):
             return True
         sources = [source for source, _ in node.next_functions if source is not None]
-        affine = node.name().startswith(AFFINE) and len(sources) == 1  # not the product of a gate and a value
+        # not the product of a gate and a value
+        affine = node.name().partition("Backward")[0] in AFFINE and len(sources) == 1
         if not (affine or node.name().startswith(SHAPE_ONLY)) or not sources:
             return False
         node = sources[0]
@@ -253,7 +254,7 @@ def check_shape(logits: Any, n_series: int, role: Role) -> None:
     Args:
         logits: Output of a network.
         n_series: B.
-        role: ``"classifier"``, ``(B, 1)`` or ``(B, K) float``, or ``"detector"``, ``(B, 1) float``.
+        role: ``"classifier"`` or ``"surrogate"``, ``(B, 1)`` or ``(B, K) float``, or ``"detector"``, ``(B, 1) float``.
 
     Raises:
         ValueError: If it is no tensor or has another shape.
@@ -282,13 +283,27 @@ def check_outputs(
         ValueError: If a label lies beyond the classes, a logit is not finite, or they are probabilities.
     """
     if labels is not None:
-        n_classes = max(2, logits.shape[1])
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= n_classes:
-            raise ValueError(f"labels must lie in 0..{n_classes - 1} for this classifier, got {low}..{high}")
+        check_labels(logits, labels, role)
     if not bool(logits.isfinite().all()):
         raise ValueError(f"the {role} returns a logit that is not finite on {len(x)} clean series")
     refuse_probabilities(network, x, mask, logits=logits)
+
+
+def check_labels(logits: Tensor, labels: Tensor, role: Role) -> None:
+    """Refuse labels beyond the classes, which would index beyond the logits.
+
+    Args:
+        logits: ``(B, 1)`` or ``(B, K) float``.
+        labels: ``(B,) int64``.
+        role: Whose logits they are, for the error.
+
+    Raises:
+        ValueError: If a label does not lie in 0..K-1, of one logit in 0..1.
+    """
+    n_classes = max(2, logits.shape[1])
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= n_classes:
+        raise ValueError(f"labels must lie in 0..{n_classes - 1} for this {role}, got {low}..{high}")
 
 
 def _refuse_train_mode(network: Network, device: torch.device, forward: Callable[[], Any]) -> None:

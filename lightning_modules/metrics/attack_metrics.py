@@ -466,14 +466,18 @@ class StepsToFlip(_MeanOverSeries):
     def __init__(self) -> None:
         super().__init__("steps_to_flip")
 
-    def update(self, predicted: Tensor, labels: Tensor) -> None:
+    def update(self, predicted: Tensor, labels: Tensor, clean: Tensor | None = None) -> None:
         """Add ``(N + 1, n) int64`` decisions at iterates 0..N and ``(n,) int64`` true classes.
+
+        ``clean`` are the decisions ``(n,) int64`` on the clean series, where a random start is iterate 0; by default
+        those at iterate 0.
 
         Raises:
             ValueError: If the numbers of series differ.
         """
         steps = functional.steps_to_flip(predicted, labels)
-        self._add_values(torch.where(steps > 0, steps.double(), torch.nan))
+        right = (predicted[0] if clean is None else clean) == labels
+        self._add_values(torch.where(right & (steps >= 0), steps.double(), torch.nan))
 
 
 class RoughnessRatio(AttackMetric):

@@ -26,7 +26,8 @@ def candidates(draw):
     step = draw(arrays(np.float64, shape[0], elements=st.sampled_from([0.005, 0.01, 0.05])))
     alpha = draw(arrays(np.float64, shape[0], elements=st.sampled_from([0.0, 0.1, 1.0])))
     n_steps = np.array(draw(st.permutations(range(shape[1]))), dtype=np.int64)
-    return Candidates(success, step, alpha, n_steps)
+    radius = draw(st.none() | arrays(np.float64, shape[0], elements=st.sampled_from([0.1, 0.5])))
+    return Candidates(success, step, alpha, n_steps, radius)
 
 
 @EXAMPLES
@@ -36,7 +37,8 @@ def test_choice_is_the_first_of_all_in_the_order_of_the_rule(offered):
     for row in range(len(offered.step)):
         for column in range(len(offered.n_steps)):
             if not np.isnan(offered.success[row, column]):
-                place = (offered.step[row], offered.alpha[row], offered.n_steps[column], row)
+                radius = 0.0 if offered.radius is None else offered.radius[row]
+                place = (offered.step[row], radius, offered.alpha[row], offered.n_steps[column], row)
                 key = (-offered.success[row, column], *place)
                 best = min(best, (key, (row, column))) if best else (key, (row, column))
     assert select(offered) == best[1]
@@ -48,12 +50,17 @@ def test_order_of_configurations_and_columns_does_not_matter(offered, data):
     rows = np.array(data.draw(st.permutations(range(len(offered.step)))))
     columns = np.array(data.draw(st.permutations(range(len(offered.n_steps)))))
     shuffled = Candidates(
-        offered.success[np.ix_(rows, columns)], offered.step[rows], offered.alpha[rows], offered.n_steps[columns]
+        offered.success[np.ix_(rows, columns)],
+        offered.step[rows],
+        offered.alpha[rows],
+        offered.n_steps[columns],
+        None if offered.radius is None else offered.radius[rows],
     )
 
     def facts(of, choice):
         row, column = choice
-        return of.success[row, column], of.step[row], of.alpha[row], of.n_steps[column]
+        radius = None if of.radius is None else of.radius[row]
+        return of.success[row, column], of.step[row], radius, of.alpha[row], of.n_steps[column]
 
     assert facts(offered, select(offered)) == facts(shuffled, select(shuffled))
 
@@ -136,6 +143,7 @@ ONE = np.ones(1)
             r"step must be \(2,\) without NaN, got shape \(1,\)",
         ),
         (lambda: Candidates(np.ones((1, 1)), ONE, ONE * np.nan, ONE), "alpha must be .* without NaN"),
+        (lambda: Candidates(np.ones((1, 1)), ONE, ONE, ONE, np.ones(2)), r"radius must be \(1,\) without NaN"),
         (lambda: select(Candidates(np.full((1, 2), np.nan), ONE, ONE, np.arange(2))), "got NaN for all 2"),
         (lambda: fold_average([[1.0]], [0]), "at least 1"),
         (lambda: fold_average([], []), "at least 1"),

@@ -132,6 +132,21 @@ class Faulty(Net):
         return super().forward(series)
 
 
+def test_a_buffer_that_the_forward_fills_is_emptied_again(series):
+    class Caching(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("cache", None)
+
+        def forward(self, batch):
+            self.cache = batch.detach().mean()
+            return super().forward(batch)
+
+    network = Caching()
+    Attack(Vanilla(), SignStep(0.1), n_steps=2)(network, *series)
+    assert network.cache is None
+
+
 def mixed(network):
     """Some of everything that has to come back."""
     network.train()
@@ -602,13 +617,61 @@ def test_all_constraints_and_the_ball_hold_at_once(series, name, projection):
             assert constraint.low <= values.min()
             assert values.max() <= constraint.high
         elif isinstance(constraint, LowPass):
-            high = torch.fft.rfftfreq(T) > constraint.cutoff
-            # of perturbations of order 1; frozen steps are put back by a digit of 1e-7
-            assert torch.fft.rfft(delta, dim=2)[:, :, high].abs().max() < 1e-6
+            spectrum = torch.fft.rfft(delta, dim=2)
+            above = torch.linalg.vector_norm(spectrum[:, :, torch.fft.rfftfreq(T) > constraint.cutoff], dim=2)
+            # frozen steps are put back by a digit of 1e-7, values outside the bounds by their last digits
+            least = 2e-3 if "bounds" in name else 1e-6
+            assert bool((above <= least * torch.linalg.vector_norm(spectrum, dim=2)).all())
         else:
             moved = x + delta
             torch.testing.assert_close(moved.mean(2), x.mean(1).expand_as(moved.mean(2)), rtol=0, atol=1e-9)
             torch.testing.assert_close(moved.std(2), x.std(1).expand_as(moved.std(2)), rtol=0, atol=1e-9)
+
+
+def test_low_frequencies_move_series_that_touch_their_bounds():
+    """Scaled to 0..1 every series touches both: shortening as a whole would leave nothing to move."""
+    walk = torch.randn(8, 60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(dim=1)
+    low, high = walk.amin(dim=1, keepdim=True), walk.amax(dim=1, keepdim=True)
+    x, labels = (walk - low) / (high - low), torch.zeros(8, dtype=torch.int64)
+
+    def victim(series):
+        return (series * torch.linspace(-1, 1, 60, dtype=series.dtype)[:, None]).sum(dim=(1, 2))[:, None] - 1
+
+    kept = {"projection": Linf(0.1), "n_steps": 20}
+    attack = Attack(Vanilla(), SignStep(0.01), constraints=[LowPass(0.1), Bounds(0.0, 1.0)], **kept)
+    moved = attack(victim, x, labels).x_adv
+    assert bool(((moved >= 0) & (moved <= 1)).all())
+    assert (moved - x).abs().max() <= 0.1 + 1e-12
+    assert (moved - x).abs().amax(dim=(1, 2)).min() > 0.03
+    above = torch.fft.rfft(moved - x, dim=1)[:, torch.fft.rfftfreq(60) > 0.1]
+    assert above.abs().max() < 2e-3 * torch.linalg.vector_norm(torch.fft.rfft(moved - x, dim=1))
+    free = Attack(Vanilla(), SignStep(0.01), constraints=[Bounds(0.0, 1.0)], **kept)(victim, x, labels).x_adv
+    won, most = ((victim(one) - victim(x)).mean() for one in (moved, free))
+    assert 0.3 * most < won < most
+
+
+def test_an_attack_that_nothing_lets_move_is_refused():
+    x, labels = torch.randn(2, 40, 1), torch.zeros(2, dtype=torch.int64)
+    attack = Attack(Vanilla(), SignStep(0.1), constraints=[LowPass(0.1), Frozen([(0, 10)])], n_steps=2)
+    with pytest.raises(ValueError, match=r"LowPass\(0\.1\) keeps 9 terms, and none .* at the 10 frozen steps"):
+        attack(lambda series: series.sum(dim=(1, 2))[:, None], x, labels)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_low_pass_reads_the_device_no_oftener_in_a_longer_run(series, monkeypatch, mask):
+    x, y = series
+    counts, truth = [], torch.Tensor.__bool__
+
+    def counted(tensor):
+        counts[-1] += 1
+        return truth(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "__bool__", counted)
+    for n_steps in (5, 50):
+        counts.append(0)
+        attack = Attack(Vanilla(), SignStep(0.1), constraints=[LowPass(0.2)], projection=L2(1.0), n_steps=n_steps)
+        attack(Net(), x, y, mask=torch.ones(B, T, dtype=torch.bool) if mask else None)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("constraints", [[ZNormManifold(), Bounds(-9.0, 9.0)], [LowPass(0.2), ZNormManifold()]])
@@ -963,6 +1026,10 @@ GOOD = {"objective": SumReg(0.1), "stepper": SignStep(0.1)}
             "SquareSearch needs the projection Linf, got L2",
         ),
         (lambda: Attack(**GOOD, random_start=True), "random_start needs a projection to start inside of, got None"),
+        (
+            lambda: Attack(Vanilla(), SquareSearch(), projection=Linf(0.1), random_start=True),
+            "SquareSearch begins at a random point of its own: leave random_start out",
+        ),
         (lambda: Attack(**GOOD, n_steps=0), "n_steps must be at least 1, got 0"),
     ],
 )
@@ -982,6 +1049,18 @@ def test_parts_that_do_not_fit_end_in_one_line(build, message):
         ({"x": np.zeros((B, T, C), dtype=np.float32)}, r"x must be a torch\.Tensor, got numpy\.ndarray"),
         ({"mask": np.ones((B, T), dtype=bool)}, r"mask must be a torch\.Tensor, got numpy\.ndarray"),
         ({"y": torch.full((B,), 2)}, r"labels must lie in 0\.\.1 for this classifier, got 2\.\.2"),
+        ({"model": Net(3), "y": torch.full((B,), 5)}, r"labels must lie in 0\.\.2 for this classifier, got 5\.\.5"),
+        ({"model": Net(3), "y": torch.full((B,), -1)}, r"labels must lie in 0\.\.2 for this classifier, got -1\.\.-1"),
+        (
+            {"model": Net(3), "surrogate": Net(), "y": torch.full((B,), 2)},
+            r"labels must lie in 0\.\.1 for this surrogate, got 2\.\.2",
+        ),
+        ({"model": Net(3), "surrogate": Net()}, "the surrogate must tell the 3 classes of the classifier, got 2"),
+        (
+            {"surrogate": lambda batch: torch.full((B, 1), torch.nan)},
+            "the surrogate returns a logit that is not finite",
+        ),
+        ({"surrogate": lambda batch: torch.sigmoid(Net()(batch))}, "the network returns probabilities"),
         ({"detectors": []}, "SumReg hides from detectors: give at least one"),
         ({"detectors": Net()}, "put it into a list"),
         ({"alpha": -1.0}, r"alpha must be finite and at least 0, got -1\.0"),

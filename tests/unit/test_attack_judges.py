@@ -224,6 +224,20 @@ def test_two_statistics_read_the_deviation_that_series_were_divided_by():
     assert {judge.ddof for judge, _ in fresh_panel(0, fitted=False)} == {0}
 
 
+def test_a_constant_channel_neither_blinds_nor_alarms_two_statistics():
+    """Sets with a channel that never moves in a series are normalised all the same, and keep their judge."""
+    generator = torch.Generator().manual_seed(0)
+    clean = z_normalised(torch.randn(6, 24, 2, generator=generator, dtype=torch.float64))
+    clean[..., 1] = 0
+    clean[:3] = clean[:3].flip(2)
+    judge = TwoStatisticsJudge()
+    assert judge.score(clean).tolist() == [0.0] * 6
+    shifted = torch.where(clean.std(1, keepdim=True) > 0, clean + 0.5, clean)
+    close(judge.score(shifted), [0.5] * 6)
+    signs = torch.randn(clean.shape, generator=generator).sign()
+    assert float(detector_auc(judge.score(clean), judge.score(clean + 0.1 * signs))) == 1
+
+
 class Wave(nn.Module):
     """A victim whose gradient differs from step to step of a series, as that of a network does."""
 

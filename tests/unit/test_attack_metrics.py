@@ -201,6 +201,16 @@ def test_decisions_before_and_after():
     assert functional.attack_success_rate(1 - labels, adversarial, labels).isnan()
 
 
+def test_a_series_that_a_random_start_flips_took_no_step_and_counts():
+    predicted, labels = torch.tensor([[1, 0, 1], [1, 1, 1]]), torch.zeros(3, dtype=torch.int64)
+    metric = StepsToFlip()
+    metric.update(predicted, labels, torch.tensor([0, 0, 1]))
+    assert metric.compute() == 0.5, "0 and 1 steps; the third was wrong when clean"
+    metric.reset()
+    metric.update(predicted, labels)
+    assert metric.compute() == 1, "iterate 0 is the clean series"
+
+
 def test_steps_to_flip():
     predicted = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]])
     assert functional.steps_to_flip(predicted, torch.zeros(4, dtype=torch.int64)).tolist() == [2, 1, 0, -1]

@@ -67,6 +67,10 @@ def test_probabilities_are_refused(x, network):
         lambda series: 0.5 + 0.1 * torch.tanh(series.sum(dim=(1, 2)))[:, None],
         lambda series: torch.full((len(series), 1), 1.0),
         lambda series: torch.tensor([0.3, 0.7]).expand(len(series), 2),
+        # a layer on a hidden sigmoid returns anything, though these weights happen to keep it inside
+        lambda series: torch.nn.functional.linear(
+            torch.sigmoid(head(1)(series)), torch.full((1, 1), 0.1), torch.full((1,), 0.5)
+        ),
         # a gate times a value is no probability
         lambda series: torch.sigmoid(0.003 * head(1)(series)) * torch.tanh(series.sum(dim=(1, 2)))[:, None].abs() * 0.5,
     ],

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from lightning_modules.attacks import Attack, HarmonicReg, Linf, PGDStep, SignStep, SumReg, Vanilla
+from lightning_modules.attacks import (
+    Attack,
+    HarmonicReg,
+    Linf,
+    NeighReg,
+    PGDStep,
+    SignStep,
+    SumReg,
+    UniversalStep,
+    Vanilla,
+)
 from lightning_modules.attacks.discriminators import (
     AdversarialBank,
     AttackPlan,
@@ -139,7 +149,17 @@ def test_loss_weighs_clean_and_adversarial_alike():
             {"n_rounds": 1, "round_attack": Attack(SumReg(), PGDStep(), projection=Linf())},
             "round_attack of discriminator 'd' needs a radius: give one to Linf",
         ),
-        ({"attack": Attack(SumReg(), SignStep())}, "must be vanilla and untargeted"),
+        ({"attack": Attack(SumReg(), SignStep())}, "must be vanilla, got the objective SumReg"),
+        ({"attack": Attack(NeighReg(), SignStep())}, "must be vanilla, got the objective NeighReg"),
+        ({"attack": Attack(Vanilla(), SignStep(), targeted=True)}, "by itself, it is targeted"),
+        ({"attack": Attack(Vanilla(), UniversalStep())}, "by itself, it couples the series of a batch"),
+        ({"round_attack": Attack(SumReg(), SignStep(0.1))}, "is for rounds: give n_rounds of at least 1, got 0"),
+        ({"n_rounds": 1, "round_attack": Attack(Vanilla(), SignStep(0.1))}, "must hide from detectors, got Vanilla"),
+        ({"n_rounds": 1, "round_attack": Attack(SumReg(0.0), SignStep(0.1))}, "must hide from detectors, got SumReg"),
+        (
+            {"n_rounds": 1, "round_attack": Attack(SumReg(), SignStep(0.1), targeted=True)},
+            "round_attack of discriminator 'd' must be untargeted and attack each series by itself, it is targeted",
+        ),
         ({"attack": Attack(Vanilla(), SignStep(0.1), projection=Linf())}, "which the step must follow"),
         (
             {"mixture": [TrainingAttack(name="sum", attack=Attack(SumReg(), SignStep()), start=0.1)]},

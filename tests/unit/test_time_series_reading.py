@@ -78,6 +78,14 @@ def test_separators_of_text_files(tmp_path, separator):
     assert read.labels == ("1", "-1")
 
 
+def test_series_of_the_archive_that_end_in_nan_are_shorter(tmp_path):
+    """Unequal lengths in ``.tsv``: rows of one width, filled up with NaN."""
+    read = read_series(written(tmp_path, "1\t2\t3\tNaN\n2\t4\t5\t6\n1\t7\tNaN\tNaN\r\n", ".tsv"))
+    assert (read.lengths.tolist(), read.may_vary) == ([2, 3, 1], True)
+    assert read.values[..., 0].tolist() == [[2, 3, 0], [4, 5, 6], [7, 0, 0]]
+    assert not read_series(written(tmp_path, "1\t2\t3\n2\t4\t5\n", ".tsv")).may_vary
+
+
 def test_leading_blanks_empty_lines_and_a_byte_order_mark(tmp_path):
     path = written(tmp_path, "\ufeff  1  2.5 3\n\n  2  4 5\n\n", ".txt")
     assert read_series(path).values[..., 0].tolist() == [[2.5, 3], [4, 5]]
@@ -213,6 +221,10 @@ def test_bundled_names_that_do_not_exist(monkeypatch):
         (".tsv", "", "the file holds no series"),
         (".tsv", "1\t2\t3\n2\t4\tabc\n", "row 2, column 3: 'abc' is not a number"),
         (".tsv", "1\t2\t3\n2\t4\tnan\n", "row 2, column 3: 'nan' is not a finite number"),
+        (".tsv", "1\t2\t3\tNaN\n2\t4\tNaN\t5\n", "row 2, column 3: 'NaN' is not a finite number"),
+        (".tsv", "1\t2\t3\tNaN\n2\t4\n", "row 2: 1 values, NaN at its end included, expected 3"),
+        (".tsv", "1\t2\t3\n2\tNaN\tNaN\n", "row 2: holds no values beside the class"),
+        (".txt", "1\t2\t3\n2\t4\tNaN\n", "row 2, column 3: 'NaN' is not a finite number"),
         (".tsv", "1\t2\t3\n2\t1e39\t4\n", "row 2, column 2: '1e39' is not a finite number of float32"),
         (".tsv", "1\t2\t3\n2\t1_0\t4\n", "row 2, column 2: '1_0' is not a number"),
         (".tsv", "1\t2\t3\n2\t\t4\n", "row 2, column 2: the value is missing, got ''"),
