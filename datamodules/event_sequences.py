@@ -86,7 +86,7 @@ class EventSequencesDataModule(LightningDataModule):
         time_unit: Unit of times given as numbers since 1970.
         relative_times: Whether times before 1971 are allowed.
         max_time: Last day that may occur; None is today.
-        where: SQL conditions on the rows; a row is kept if all are true.
+        where: SQL conditions on the rows, computed row by row and not of labels; a row is kept if all are true.
         derived: Name -> SQL expression of a column computed row by row, such as ``quantity * unit_price``.
         numeric_transform: ``signed_log`` is sign(a) ln(1 + |a|), before normalisation.
         missing_numbers: Whether an empty numeric cell is an error, or is given the mean of training.
@@ -118,9 +118,10 @@ class EventSequencesDataModule(LightningDataModule):
         cache_dir: Folder of the cache.
 
     Raises:
-        ValueError: If an argument is out of its range, a label is also a feature or decides groups, folds or order, a
-            rule or label says that it depends on the outcome without ``reference_mode``; on first use, if the files
-            cannot serve, or a rule asks at other moments where later events are cut off or labels are exchanged.
+        ValueError: If an argument is out of its range, a label is also a feature or decides groups, folds, order, times
+            or which rows are kept, a rule or label says that it depends on the outcome without ``reference_mode``; on
+            first use, if the files cannot serve, or a rule asks at other moments where later events are cut off or
+            labels are exchanged.
         FileNotFoundError: On first use, if no file matches.
     """
 
@@ -194,8 +195,9 @@ class EventSequencesDataModule(LightningDataModule):
             _date("max_time", max_time)
         targets, numeric = targets or {}, numeric or []
         labels, local_labels = label_columns or [], local_label_columns or []
-        roles = {"group_column": group_column, "order_column": order_column, "fold_column": fold_column}
-        _check_labels([*categorical, *numeric], roles, [*labels, *local_labels], derived or {})
+        roles = {"user_column": user_column, "time_column": time_column, "group_column": group_column}
+        roles |= {"order_column": order_column, "fold_column": fold_column}
+        _check_labels([*categorical, *numeric], roles, [*labels, *local_labels], derived or {}, where or [])
         _check_targets(targets, labels, local_labels, reference_mode)
         if labels and users_path is None:
             raise ValueError(f"label_columns are read from users_path, got {labels} without it")
@@ -463,7 +465,7 @@ def _summary(queries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_labels(
-    features: list[str], roles: dict[str, str | None], labels: list[str], derived: dict[str, str]
+    features: list[str], roles: dict[str, str | None], labels: list[str], derived: dict[str, str], where: list[str]
 ) -> None:
     both = [name for name in labels if name in features]
     if both:
@@ -479,6 +481,10 @@ def _check_labels(
         if column in told:
             what = told[column].removeprefix("which is ")
             raise ValueError(f"{role} {column!r} is {what}; a label must not decide what is seen")
+    for text in where:
+        used = [root for root in parse_expression("where", text).meta.root_names() if root in told]
+        if used:
+            raise ValueError(f"where {text!r} reads {used[0]!r}, {told[used[0]]}; a label must not decide what is seen")
     twice = sorted({name for name in features if features.count(name) > 1})
     if twice:
         raise ValueError(f"feature {twice[0]!r} is named twice in categorical and numeric")

@@ -1,14 +1,18 @@
 """Targets of event sequences: when something is asked, and what happens after.
 
-A query (u, t) knows the user's own events with time < t. A horizon of h days asks about (t, t + h]. So an event at
-exactly t is in neither: at t it is not yet known, and a label that counted it would be about the present.
+A query (u, t) knows the user's own events with time < t. What a horizon of h days asks about depends on the log's clock
+(``EventLog.tick``, ``EventLog.happened``):
 
-An event stamped t may have happened at any moment until the next tick of the log's clock (``EventLog.tick``): on a log
-of dates, at any hour of the day. There an event stamped t comes after t, and a horizon is [t, t + h): h whole days,
-the one that begins at t the first of them. Rules that follow an event therefore ask at that next tick, when whatever
-carries the same stamp has happened. Moments that the user sets, by a delay or date, are taken as they are: one inside a
-tick sees all of it. With ``reference_mode`` rules ask one microsecond after the event: the release asks at the event
-and includes ties, and included at the next tick would be what happens then.
+* coarser than a microsecond, be it a millisecond, a second or a day: [t, t + h). An event stamped t may have happened
+  at any moment until the next tick, on a log of dates at any hour of the day, so it comes after t and the horizon
+  begins with it; one stamped t + h comes after the horizon.
+* a microsecond, as it always is with ``reference_mode``: (t, t + h]. An event stamped t happens at t itself and is in
+  neither: at t it is not yet known, and a label that counted it would be about the present.
+
+Rules that follow an event therefore ask at the next tick, when whatever carries the same stamp has happened. Moments
+that the user sets, by a delay or date, are taken as they are: one inside a tick sees all of it. With
+``reference_mode`` rules ask one microsecond after the event: the release asks at the event and includes ties, and
+included at the next tick would be what happens then.
 
 A query rule must not be a function of the label. "Just before the deciding event" is one: it tells that something is
 decided next. Such rules, and labels that look at the end of a history, exist for reproduction alone
@@ -293,7 +297,7 @@ class EventTarget(ABC):
 
 
 class HorizonTarget(EventTarget):
-    """About (t, t + days], on a log of dates [t, t + days).
+    """About [t, t + days) on a log whose clock is coarser than a microsecond, else about (t, t + days].
 
     Args:
         rule: When it is asked.
@@ -318,7 +322,7 @@ class HorizonTarget(EventTarget):
 
 
 class NoEventWithin(HorizonTarget):
-    """1 if the user has no event in (t, t + days]."""
+    """1 if the user has no event within the horizon, see :class:`HorizonTarget`."""
 
     @property
     def description(self) -> str:
@@ -326,12 +330,15 @@ class NoEventWithin(HorizonTarget):
         return f"no event within {self.days:g} days"
 
     def labels(self, log: EventLog, users: Ints, times: Ints, train: NDArray[np.bool_]) -> tuple[Ints, int]:
-        """1 without an event in (t, t + days]."""
+        """1 without an event within the horizon."""
         return (log.happened(users, times + self.horizon(log)) == log.happened(users, times)).astype(np.int64), 2
 
 
 class EventWithin(HorizonTarget):
-    """1 if an event of certain values happens in (t, t + days]; users with one by t are decided, not asked.
+    """1 if an event of certain values happens within the horizon; users of whom one has happened are not asked.
+
+    For the horizon see :class:`HorizonTarget`: an event stamped t is its first where the log's clock is coarser than a
+    microsecond, else it has happened by t and decides the user.
 
     Args:
         rule: When it is asked.
@@ -361,7 +368,7 @@ class EventWithin(HorizonTarget):
         return f"{self.column} {' or '.join(self.values)} within {self.days:g} days"
 
     def labels(self, log: EventLog, users: Ints, times: Ints, train: NDArray[np.bool_]) -> tuple[Ints, int]:
-        """1 with such an event in (t, t + days], -1 with one by t."""
+        """1 with such an event within the horizon, -1 where one has happened by t."""
         names = log.names[self.column]
         for value in self.values:
             if value not in names:
@@ -375,7 +382,9 @@ class EventWithin(HorizonTarget):
 
 
 class AmountAbove(HorizonTarget):
-    """1 if the sum of a raw numeric column over (t, t + days] exceeds a quantile of the train queries' sums.
+    """1 if the sum of a raw numeric column over the horizon exceeds a quantile of the train queries' sums.
+
+    For the horizon see :class:`HorizonTarget`.
 
     Args:
         rule: When it is asked.

@@ -2,7 +2,8 @@
 
 A feature that is filled in after the outcome tells it, and so does a query time that depends on it. A high AUC is a
 suspicion, a low one no proof: a leak may need two features, or an order of events. A rule that asks at other moments
-when later events are cut off, or when users exchange their labels, is no suspicion: its times are functions of them.
+when later events are cut off, of all users or of one, or when users exchange their labels, is no suspicion: its times
+are functions of them.
 
 Source: kernel_attention.md, section 15.
 """
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from datamodules.event_preparation import FOREVER, EventLog, Ints
-from datamodules.event_targets import INSTEAD, QueryRule
+from datamodules.event_targets import INSTEAD, Pairs, QueryRule
 from datamodules.sources.events import MISSING
 
 SUSPICIOUS = 0.9
@@ -32,9 +33,11 @@ CUTS = (0.25, 0.5, 0.75)
 """Quantiles of the event times at which the log is cut off to see whether a rule looks ahead."""
 
 _MOST_USERS_CUT = 2000
+_MOST_CUT_ALONE = 16
 _N_EXCHANGES = 3
 _MOST_CLASSES = 10
 _N_AGES = 4
+_LOOKS_AHEAD = "what comes after them and may tell the label"
 
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -43,10 +46,18 @@ Bools = NDArray[np.bool_]
 def asks_by_outcome(rule: QueryRule, log: EventLog, local_labels: Sequence[str] = ()) -> str | None:
     """Why the times of a rule are functions of labels or of what comes after them; None if that was not found.
 
-    The rule is asked on the log, and on the log without the events from some moments on, of at most 2000 users spread
-    over all: its queries before such a moment must be the same. The end of the observation is no outcome and stays as
-    it is. What a rule does between these moments is not seen. Then it is asked on logs whose users, and whose events,
-    have exchanged their labels at random: all its queries must be the same. Where a label is missing it stays so.
+    The rule is asked on the log of at most 2000 users spread over all, and on changes of it:
+
+    * without the events from some moments on: its queries before such a moment must be the same;
+    * with each user cut off at a moment of its own, once at one of its queries and once just before one of its events,
+      drawn evenly: its queries up to there must be the same. At the moment itself it is known that something happens,
+      which ``AtEvents`` asks about, but not what: the content of such an event is drawn from the log. A rule may look
+      at the past of others, which these cuts change too, so what moves must also move where one user alone is cut;
+    * with the labels of users, and of events, exchanged at random: all its queries must be the same. Where a label is
+      missing it stays so.
+
+    The end of the observation is no outcome and stays as it is. Queries without an own event before them are never kept
+    and not looked at. What a rule does elsewhere is not seen.
 
     Args:
         rule: When users are asked; one that declares itself to depend on the outcome is not looked at.
@@ -60,36 +71,107 @@ def asks_by_outcome(rule: QueryRule, log: EventLog, local_labels: Sequence[str] 
         return None
     chosen = np.unique(np.linspace(0, log.n_users - 1, min(log.n_users, _MOST_USERS_CUT)).astype(np.int64))
     whole, kept = log.part(chosen, FOREVER)
-    asked_users, asked_times = rule.pairs(whole)
-    asked = _set_of(asked_users, asked_times)
+    asked = _asked(rule, whole)
     for cut in np.unique(np.quantile(whole.times, CUTS, method="nearest")).tolist():
         known, still = whole.part(np.arange(len(kept)), cut)
         if not len(still):
             continue
-        users, times = rule.pairs(known)
-        before = times < cut
-        moved = _set_of(still[users[before]], times[before]) ^ {pair for pair in asked if pair[1] < cut}
-        if moved:
-            at = min(time for _, time in moved)
-            return (
-                f"{type(rule).__name__} asks at other moments before {_text(cut)} when the events from then on are cut "
-                f"off ({len(moved)} queries, the first at {_text(at)}): its times are functions of what comes after "
-                f"them and may tell the label; {INSTEAD}"
-            )
+        users, times = _asked(rule, known)
+        moved = _moved(_until(asked, cut - 1), _until((still[users], times), cut - 1))
+        if len(moved[0]):
+            return _line(rule, f"before {_text(cut)} when the events from then on are cut off", moved, _LOOKS_AHEAD)
+    for place, limits in _own_limits(whole, asked).items():
+        moved = _moved_by_own_cuts(rule, whole, asked, limits)
+        if len(moved[0]) and any(
+            len(_moved_by_own_cuts(rule, whole, asked, np.where(np.arange(whole.n_users) == user, limits, FOREVER))[0])
+            for user in np.unique(moved[0])[:_MOST_CUT_ALONE]
+        ):
+            return _line(rule, f"when users are cut off {place}", moved, _LOOKS_AHEAD)
     labels = [*whole.static, *local_labels]
     for seed in range(_N_EXCHANGES if labels else 0):
-        moved = asked ^ _set_of(*rule.pairs(_with_labels_exchanged(whole, local_labels, np.random.default_rng(seed))))
-        if moved:
-            at = min(time for _, time in moved)
-            return (
-                f"{type(rule).__name__} asks at other moments when the labels {', '.join(labels)} are exchanged "
-                f"({len(moved)} queries, the first at {_text(at)}): its times are functions of the label; {INSTEAD}"
-            )
+        exchanged = _with_labels_exchanged(whole, local_labels, np.random.default_rng(seed))
+        moved = _moved(asked, _asked(rule, exchanged))
+        if len(moved[0]):
+            return _line(rule, f"when the labels {', '.join(labels)} are exchanged", moved, "the label")
     return None
 
 
-def _set_of(users: Ints, times: Ints) -> set[tuple[int, int]]:
-    return set(zip(users.tolist(), times.tolist(), strict=True))
+def _line(rule: QueryRule, when: str, moved: Pairs, of_what: str) -> str:
+    users, times = moved
+    return (
+        f"{type(rule).__name__} asks at other moments {when} ({len(users)} queries, the first at "
+        f"{_text(int(times.min()))}): its times are functions of {of_what}; {INSTEAD}"
+    )
+
+
+def _asked(rule: QueryRule, log: EventLog) -> Pairs:
+    """Its queries that know an own event; no other is ever kept."""
+    users, times = rule.pairs(log)
+    knows = times > log.times[log.offsets[users]]
+    return users[knows], times[knows]
+
+
+def _until(pairs: Pairs, limit: Ints | int) -> Pairs:
+    """Queries up to a moment, or each up to its own."""
+    users, times = pairs
+    return users[times <= limit], times[times <= limit]
+
+
+def _moved(left: Pairs, right: Pairs) -> Pairs:
+    """Queries that are in one of two sets alone."""
+    if all(np.array_equal(*both) for both in zip(left, right, strict=True)):
+        return left[0][:0], left[1][:0]
+    users, times = (np.concatenate(both) for both in zip(left, right, strict=True))
+    distinct, rank = np.unique(times, return_inverse=True)
+    keys = users * len(distinct) + rank
+    users, rank = np.divmod(np.setxor1d(keys[: len(left[0])], keys[len(left[0]) :]), len(distinct))
+    return users, distinct[rank]
+
+
+def _own_limits(log: EventLog, asked: Pairs) -> dict[str, Ints]:
+    """Where -> ``(U,)`` last moment at which each user is known; ``FOREVER`` for users of whom nothing can be cut."""
+    rng, first = np.random.default_rng(0), log.times[log.offsets[:-1]]
+
+    def one_each(users: Ints, times: Ints) -> Ints:
+        order = rng.permutation(len(users))
+        drawn, place = np.unique(users[order], return_index=True)
+        limits = np.full(log.n_users, FOREVER)
+        limits[drawn] = times[order][place]
+        return limits
+
+    later = log.times > first[log.users]
+    return {
+        "at one of their queries": one_each(*asked),
+        "before one of their events": one_each(log.users[later], log.times[later] - 1),
+    }
+
+
+def _moved_by_own_cuts(rule: QueryRule, log: EventLog, asked: Pairs, limits: Ints) -> Pairs:
+    """Queries of users that are cut, up to their limits, that are asked without what comes after them or with it alone.
+
+    Args:
+        rule: When users are asked.
+        log: The events.
+        asked: What the rule asks on it, of users who are known.
+        limits: ``(U,)`` last moment at which a user is known, not before its first event; ``FOREVER`` is no cut.
+    """
+    limit = limits[log.users]
+    rows = np.flatnonzero(log.times <= limit)
+    counts = np.bincount(log.users[rows], minlength=log.n_users)
+    # Drawn for every row, so that a user who is cut alone gets what it got among all.
+    drawn = np.random.default_rng(1).integers(0, len(log.times), len(log.times))
+    content = np.where(log.times == limit, drawn, np.arange(len(drawn)))[rows]
+    known = replace(
+        log,
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        times=log.times[rows],
+        codes={name: codes[content] for name, codes in log.codes.items()},
+        numbers={name: numbers[content] for name, numbers in log.numbers.items()},
+        observed_until=log.end,
+        clock=log.tick,  # fewer stamps might look like those of a coarser one
+    )
+    limits = np.where(limits < FOREVER, limits, np.iinfo(np.int64).min)  # who is not cut is not compared
+    return _moved(*(_until(pairs, limits[pairs[0]]) for pairs in (asked, _asked(rule, known))))
 
 
 def _with_labels_exchanged(log: EventLog, local_labels: Sequence[str], rng: np.random.Generator) -> EventLog:

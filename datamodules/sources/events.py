@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from datamodules.sources.cells import require_columns
 from datamodules.sources.columns import Columns, as_integer
 from datamodules.sources.first_bytes import check_first_bytes, check_header
-from datamodules.sources.row_wise import SAMPLED_ROWS, refuse_other_rows
+from datamodules.sources.row_wise import refuse_other_rows
 
 NumberUnit = Literal["s", "ms", "us", "days"]
 Duplicates = Literal["keep", "drop", "error"]
@@ -123,9 +123,10 @@ def read_events(paths: Sequence[Path], columns: EventColumns) -> EventTable:
 
     Raises:
         ValueError: In one line, if a file cannot be read or is empty; a column is missing (the nearest are named) or
-            of a wrong type; a condition or expression cannot be computed; in a row that is kept, a user or time is
-            missing, a time cannot be read, is relative or lies in the future, or a number is no finite number; rows
-            are repeated and ``duplicates`` is ``error``; a user has two groups or folds; or no row is kept.
+            of a wrong type; a condition or expression cannot be computed or reads other rows; in a row that is kept,
+            a user or time is missing, a time cannot be read, is relative or lies in the future, or a number is no
+            finite number; rows are repeated and ``duplicates`` is ``error``; a user has two groups or folds; or no
+            row is kept.
     """
     frames, n_read = [], 0
     for number, path in enumerate(paths):
@@ -180,7 +181,9 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except _UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: cannot be read, truncated or damaged: {reason}") from error
+        # An expression of the user that cannot be computed of some cell is no damage.
+        damage = "" if isinstance(error, pl.exceptions.InvalidOperationError) else ", truncated or damaged"
+        raise ValueError(f"{path}: cannot be read{damage}: {reason}") from error
 
 
 def _read(path: Path, columns: EventColumns) -> tuple[pl.DataFrame, int]:
@@ -194,9 +197,11 @@ def _read(path: Path, columns: EventColumns) -> tuple[pl.DataFrame, int]:
     ]:
         roles |= {name: roles.get(name, role) for name in expression.meta.root_names() if name not in derived}
     rows, schema, said = _open(path, roles, columns)
-    for name, expression in derived.items():
-        schema[name] = _outcome(path, f"derived {name!r}", dict(columns.derived)[name], schema, expression).dtype
+    for name, text in columns.derived:
+        refuse_other_rows(path, f"derived {name!r}", text, derived[name])
+        schema[name] = _outcome(path, f"derived {name!r}", text, schema, derived[name]).dtype
     for text, condition in conditions.items():
+        refuse_other_rows(path, "where", text, condition)
         if _outcome(path, "where", text, schema, condition).dtype != pl.Boolean:
             raise ValueError(f"where: {text!r} must be true or false for each row")
 
@@ -204,17 +209,9 @@ def _read(path: Path, columns: EventColumns) -> tuple[pl.DataFrame, int]:
         n_rows = int(rows.select(pl.len()).collect().item())
     if n_rows == 0:
         raise ValueError(f"{path}: the file holds no rows")
-    sample = pl.DataFrame()
-    if derived or conditions:
-        with _reading(path):
-            sample = rows.head(SAMPLED_ROWS).collect(engine="streaming")
     rows = rows.with_row_index(_ROW, offset=1)
     for name, expression in derived.items():  # one after the other: a later one may use an earlier one
-        refuse_other_rows(path, f"derived {name!r}", dict(columns.derived)[name], sample, expression)
-        sample = sample.with_columns(expression.alias(name))
         rows = rows.with_columns(expression.alias(name))
-    for text, condition in conditions.items():
-        refuse_other_rows(path, "where", text, sample, condition)
     chosen = {"user": pl.col(columns.user), "time": _microseconds(path, columns, schema[columns.time])}
     if columns.order is not None:
         chosen["order"] = as_integer(path, columns.order, schema[columns.order], _for_times(columns))
@@ -234,7 +231,8 @@ def _read(path: Path, columns: EventColumns) -> tuple[pl.DataFrame, int]:
     def refuse(theirs: str, row: int | None, reason: str, where_missing: str = "") -> None:
         if row is not None:
             cell = said.get(theirs, pl.col(theirs)).alias("said")
-            value = rows.filter(pl.col(_ROW) == row).select(cell).collect().item()
+            with _reading(path):
+                value = rows.filter(pl.col(_ROW) == row).select(cell).collect().item()
             told = f"is missing{where_missing}" if value is None else f"{str(value)!r} {reason}"
             raise ValueError(f"{path}: column {theirs!r}, row {row}: {told}")
 
@@ -342,7 +340,7 @@ def parse_expression(argument: str, text: str) -> pl.Expr:
 
 
 def _outcome(path: Path, argument: str, text: str, schema: dict[str, pl.DataType], expression: pl.Expr) -> pl.Series:
-    """What an expression gives on no rows: its type, and nothing unless it is an aggregate or a constant."""
+    """What an expression gives on no rows: its type, and nothing unless it is a constant."""
     try:
         outcome = pl.DataFrame(schema=schema).select(expression.alias("outcome"))["outcome"]
     except pl.exceptions.PolarsError as error:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from datamodules.sources.cells import some
 from datamodules.sources.columns import Columns, as_integer
 from datamodules.sources.first_bytes import check_first_bytes, check_header
-from datamodules.sources.row_wise import SAMPLED_ROWS, refuse_other_rows
+from datamodules.sources.row_wise import refuse_other_rows
 
 Step = dict[str, str | int]
 
@@ -78,8 +78,8 @@ def read_interactions(paths: Sequence[Path], columns: Columns) -> Interactions:
 
     Raises:
         ValueError: In one line with file, column and row, if a file cannot be read or is empty, a column is missing
-            or of a wrong type, a condition does not parse or is no condition, an id or a time is missing or
-            unreadable in a row that is kept, an id changes as an integer, or no row is kept.
+            or of a wrong type, a condition does not parse, is no condition or reads other rows, an id or a time is
+            missing or unreadable in a row that is kept, an id changes as an integer, or no row is kept.
     """
     conditions = [_parse_condition(text) for text in columns.where]
     needed = sorted({*columns.named().values(), *(name for c in conditions for name in c.meta.root_names())})
@@ -125,7 +125,9 @@ def _reading(paths: Sequence[Path]) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         names = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         kind = "CSV" if paths[0].suffix.lower() == ".csv" else "Parquet"
-        raise ValueError(f"{names}: cannot be read as {kind}, truncated or damaged: {reason}") from error
+        # A condition that cannot be computed of some cell is no damage.
+        damage = "" if isinstance(error, pl.exceptions.InvalidOperationError) else ", truncated or damaged"
+        raise ValueError(f"{names}: cannot be read as {kind}{damage}: {reason}") from error
 
 
 def _parse_condition(text: str) -> pl.Expr:
@@ -136,7 +138,8 @@ def _parse_condition(text: str) -> pl.Expr:
 
 
 def _check_condition(file: _File, text: str, condition: pl.Expr) -> None:
-    # No rows in, no rows out: an aggregate or a constant gives one. An empty frame also finds wrong types.
+    refuse_other_rows(file.path, "where", text, condition)
+    # No rows in, no rows out: a constant gives one. An empty frame also finds wrong types.
     empty = pl.DataFrame(schema=file.dtypes)
     try:
         outcome = empty.select(condition.alias("outcome"))["outcome"]
@@ -144,11 +147,6 @@ def _check_condition(file: _File, text: str, condition: pl.Expr) -> None:
         raise ValueError(f"{file.path}: where: {text!r} cannot be computed: {str(error).splitlines()[0]}") from error
     if outcome.dtype != pl.Boolean or len(outcome):
         raise ValueError(f"where: {text!r} must be true or false for each row, it gives {outcome.dtype}")
-    with _reading([file.path]):
-        sample = (
-            file.rows.select(sorted(set(condition.meta.root_names()))).head(SAMPLED_ROWS).collect(engine="streaming")
-        )
-    refuse_other_rows(file.path, "where", text, sample, condition)
 
 
 def _open(path: Path, columns: Columns, needed: list[str]) -> _File:
@@ -290,14 +288,10 @@ def _article(dtype: pl.DataType) -> str:
 
 
 def _refuse(file: _File, column: str, reason: str, fault: pl.Expr) -> None:
-    first = (
-        file.rows.with_row_index("row number", offset=1)
-        .filter(fault)
-        .select("row number", file.said(column).alias("said"))
-        .bottom_k(1, by="row number")
-        .collect(engine="streaming")
-        .row(0)
-    )
+    rows = file.rows.with_row_index("row number", offset=1).filter(fault)
+    with _reading([file.path]):
+        said = rows.select("row number", file.said(column).alias("said")).bottom_k(1, by="row number")
+        first = said.collect(engine="streaming").row(0)
     value = "" if first[1] is None else f"{first[1]!r} "
     raise ValueError(f"{file.path}: column {column!r}, row {first[0]}: {value}{reason}")
 

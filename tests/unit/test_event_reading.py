@@ -164,6 +164,19 @@ def test_a_derived_column_may_use_an_earlier_one(tmp_path):
     assert table.numbers[:, 0].tolist() == [3.0, 6.0]
 
 
+def test_an_expression_need_not_be_defined_for_what_the_file_does_not_have(tmp_path):
+    days = ["2020-02-29", "2021-03-31", "2020-12-30"]  # 2021-02-29 and 2020-02-31 are no dates
+    parts = {name: [f"{day.split('-')[place]}x" for day in days] for place, name in enumerate("ymd")}
+    pl.DataFrame({"user": [1, 2, 3], "time": days, "kind": ["x"] * 3, "amount": [1, 2, 3]} | parts).write_csv(
+        tmp_path / "e.csv"
+    )
+    day = "LEFT(y, 4) || '-' || LEFT(m, 2) || '-' || LEFT(d, 2)"
+    for text in (f"DATE({day})", f"STRPTIME({day}, '%Y-%m-%d')"):
+        asked = columns(texts=("day",), derived=(("day", text),), where=("day > DATE '2020-03-01'",))
+        table = read_events([tmp_path / "e.csv"], asked)
+        assert [name[:10] for name in table.names[0]] == ["2020-12-30", "2021-03-31"]
+
+
 def test_duplicates(tmp_path, frame):
     twice = pl.concat([frame, frame[[4, 7]]]).drop("place")
     twice.write_parquet(tmp_path / "e.parquet")
@@ -199,7 +212,35 @@ BAD = {
     "nothing left": ({}, {"where": ("amount > 9",)}, "nothing is left of 2 rows after where ['amount > 9']"),
     "no condition": ({}, {"where": ("amount + 1",)}, "where: 'amount + 1' must be true or false for each row"),
     "no SQL": ({}, {"where": ("amount >",)}, "where: 'amount >' is no SQL expression"),
-    "aggregate": ({}, {"derived": (("d", "MAX(amount)"),), "numbers": ("d",)}, "it gives one value for all rows"),
+    "constant": ({}, {"derived": (("d", "1"),), "numbers": ("d",)}, "it gives one value for all rows"),
+    "aggregate": (
+        {},
+        {"derived": (("d", "MAX(amount)"),), "numbers": ("d",)},
+        "derived 'd': 'MAX(amount)' must be computed row by row, it changes with other rows (Agg.Max)",
+    ),
+    "event of a group": (
+        {},
+        {
+            "derived": (("d", "MAX(CASE WHEN kind = 'z' THEN 1 ELSE 0 END) OVER (PARTITION BY kind)"),),
+            "numbers": ("d",),
+        },
+        "must be computed row by row, it changes with other rows (Over)",
+    ),
+    "rows of a group": (
+        {},
+        {"where": ("COUNT(*) OVER (PARTITION BY kind) > 5",)},
+        "must be computed row by row, it changes with other rows (Over)",
+    ),
+    "cell that cannot be cast": (
+        {"said": ["12", "abc"]},
+        {"derived": (("d", "CAST(said AS INTEGER)"),), "numbers": ("d",)},
+        "events.csv: cannot be read: conversion from `str` to `i32` failed",
+    ),
+    "condition on such a cell": (
+        {"said": ["12", "abc"]},
+        {"where": ("CAST(said AS INTEGER) > 3",)},
+        "events.csv: cannot be read: conversion from `str` to `i32` failed",
+    ),
     "window": (
         {},
         {"derived": (("d", "LEAD(amount) OVER (ORDER BY time)"),), "numbers": ("d",)},

@@ -551,6 +551,25 @@ BAD = {
         "derived": {"f": "local * 2"},
         "local_label_columns": ["local"],
     },
+    "time_column 'f' is computed from a label": {
+        "time_column": "f",
+        "derived": {"f": "time + local * INTERVAL '1 day'"},
+        "local_label_columns": ["local"],
+    },
+    "where \"local = '0' OR amount > 0\" reads 'local', a label; a label must not decide what is seen": {
+        "where": ["amount > 0", "local = '0' OR amount > 0"],
+        "local_label_columns": ["local"],
+    },
+    "where 'age IS NULL' reads 'age', a label; a label must not": {
+        "where": ["age IS NULL"],
+        "label_columns": ["age"],
+        "users_path": "users.csv",
+    },
+    "where 'g > 1' reads 'g', which is computed from a label; a label must not": {
+        "where": ["g > 1"],
+        "derived": {"f": "local * 2", "g": "f + 1"},
+        "local_label_columns": ["local"],
+    },
     "derived 'f': 'local *' is no SQL expression": {"derived": {"f": "local *"}},
     "feature 'kind' is named twice": {"categorical": ["kind", "kind"]},
     "label_columns are read from users_path": {"label_columns": ["age"]},
@@ -566,7 +585,24 @@ def test_bad_arguments_end_in_one_line(module, message):
     assert "\n" not in str(error.value)
 
 
+def test_rows_may_be_kept_by_columns_that_targets_read_and_that_are_no_labels(module):
+    """What a target makes of an ordinary column is no column of labels, even where the condition names its values."""
+    targets = {"b": EventWithin(CalendarDates(every_days=10), 5, "kind", ["b"])}
+    data = module(
+        targets=targets,
+        where=["kind <> 'a'", "spent > 1"],
+        derived={"spent": "amount * 2"},
+        local_label_columns=["local"],
+    )
+    counts = data.report_facts()["counts"]
+    assert 0 < counts["kept"] < counts["read"]
+
+
 BAD_DATA = {
+    "where: \"COLUMNS('local') = '0'\" must be computed row by row": {
+        "where": ["COLUMNS('local') = '0'"],
+        "local_label_columns": ["local"],
+    },
     "validation_start 2019-01-01 must lie in the data, after 2020-01-01": BY_TIME | {"validation_start": "2019-01-01"},
     "test_start 2030-01-01 must lie in the data": BY_TIME | {"test_start": "2030-01-01"},
     "no train users": {"where": ["fold = 'test'"], "fold_column": "fold"},

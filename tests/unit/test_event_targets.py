@@ -1,6 +1,7 @@
 """Queries and labels against loops, what happens at exactly t, rules that look ahead, and planted leaks."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,10 +23,21 @@ from datamodules.event_targets import (
     RandomTimes,
     StaticLabel,
 )
-from datamodules.label_checks import asks_by_outcome, check_labels, two_sided_auc, warnings_of
+from datamodules.label_checks import (
+    _asked,
+    _moved,
+    _moved_by_own_cuts,
+    _own_limits,
+    asks_by_outcome,
+    check_labels,
+    two_sided_auc,
+    warnings_of,
+)
 from datamodules.sources.events import DAY, MISSING
 
 START = 18_000 * DAY
+HOUR = DAY // 24
+SECOND = 10**6
 
 
 def log_of(sequences, *, limits=None, **arguments) -> EventLog:
@@ -93,6 +105,24 @@ def test_on_a_log_of_dates_the_day_that_begins_at_t_is_the_first_of_the_horizon(
     assert log.before(np.array([0]), np.array([START + 5.5 * DAY], dtype=np.int64)).tolist() == [2]
 
 
+@pytest.mark.parametrize("unit", [DAY, SECOND, 1000])
+def test_on_any_clock_coarser_than_a_microsecond_a_horizon_begins_with_t(unit):
+    sequences = [
+        [(1, "a", 1.0), (5, "b", 3.0)],  # at t
+        [(1, "a", 1.0), (7, "b", 3.0)],  # at t + 2 days
+        [(1, "a", 1.0), (4, "b", 3.0)],  # before t
+        LONG,
+    ]
+    rule = CalendarDates(dates=dates(5))
+    log, finest = log_of(sequences, clock=unit), log_of(sequences, clock=1)
+    assert asked(NoEventWithin(rule, days=2).queries(log)) == {(0, 5.0): 0, (1, 5.0): 1, (2, 5.0): 1, (3, 5.0): 1}
+    assert asked(NoEventWithin(rule, days=2).queries(finest)) == {(0, 5.0): 1, (1, 5.0): 0, (2, 5.0): 1, (3, 5.0): 1}
+    assert asked(EventWithin(rule, 2, "kind", ["b"]).queries(log)) == {(0, 5.0): 1, (1, 5.0): 0, (3, 5.0): 0}
+    assert asked(EventWithin(rule, 2, "kind", ["b"]).queries(finest)) == {(1, 5.0): 1, (3, 5.0): 0}
+    assert asked(AmountAbove(rule, 2, "amount").queries(log)) == {(0, 5.0): 1, (1, 5.0): 0, (2, 5.0): 0, (3, 5.0): 0}
+    assert asked(AmountAbove(rule, 2, "amount").queries(finest))[(1, 5.0)] == 1
+
+
 def test_users_decided_at_or_before_t_are_not_asked():
     sequences = [
         [(1, "a", 1), (3, "b", 1), (8, "b", 1)],  # decided before
@@ -128,10 +158,6 @@ def test_rules_ask_when_they_say():
     assert (times > log.times[log.offsets[users]]).all()
     assert (times < log.end).all()
     assert len(np.unique(times)) == 9
-
-
-HOUR = DAY // 24
-SECOND = 10**6
 
 
 @pytest.mark.parametrize(
@@ -461,6 +487,53 @@ class OfThoseWithALabel(QueryRule):
         return users, log.times[log.offsets[users]] + 1
 
 
+class BeforeTheDecision(QueryRule):
+    """Some time before each event of a kind, or at it."""
+
+    def __init__(self, before):
+        self.before = before
+
+    def pairs(self, log):
+        deciding = log.codes["kind"] == 1
+        return log.users[deciding], log.times[deciding] - self.before
+
+
+class OfThoseWhoStayAway(QueryRule):
+    """After the first event, but only users who have no other are asked."""
+
+    def pairs(self, log):
+        users = np.flatnonzero(np.diff(log.offsets) == 1)
+        return users, log.times[log.offsets[users]] + log.tick
+
+
+class AfterAKind(QueryRule):
+    """A tick after each event of a kind, which is known by then."""
+
+    def pairs(self, log):
+        known = log.codes["kind"] == 1
+        return log.users[known], log.times[known] + log.tick
+
+
+class AfterBusyDays(QueryRule):
+    """Everybody there, after each day on which many events happened, those of others above all."""
+
+    def pairs(self, log):
+        days, counts = np.unique(log.times // DAY, return_counts=True)
+        moments = (days[counts >= 4] + 1) * DAY
+        there = log.times[log.offsets[:-1]] < moments[:, None]
+        return np.nonzero(there)[1], np.broadcast_to(moments[:, None], there.shape)[there]
+
+
+class BeforeTheEnd(QueryRule):
+    """Everybody, some days before the end of the observation, who has not come yet too."""
+
+    def __init__(self, days):
+        self.days = days
+
+    def pairs(self, log):
+        return np.arange(log.n_users), np.full(log.n_users, log.end - self.days * DAY)
+
+
 CAUSAL = [
     AfterFirstEvent(),
     AfterDelay(12),
@@ -470,15 +543,79 @@ CAUSAL = [
     RandomTimes(per_user=3, seed=5),
     AtEvents(),
     EveryNthEvent(first=2, step=3),
+    EveryNthEvent(first=1, step=1),
+    AfterBusyDays(),
+    BeforeTheEnd(10),
 ]
 
 
 @pytest.mark.parametrize("limits", [None, (25, 60)])
-@pytest.mark.parametrize("rule", CAUSAL, ids=lambda rule: type(rule).__name__)
-def test_rules_that_do_not_look_ahead_pass(rule, limits):
-    log = log_of(churners(np.random.default_rng(2)), limits=limits)
+@pytest.mark.parametrize("unit", [SECOND, DAY])
+@pytest.mark.parametrize("facts", [{}, {"clock": 1}, {"observed_until": START + 150 * DAY}], ids=str)
+@pytest.mark.parametrize("rule", [*CAUSAL, AfterAKind()], ids=lambda rule: type(rule).__name__)
+def test_rules_that_do_not_look_ahead_pass(rule, limits, unit, facts):
+    log = log_of(churners(np.random.default_rng(2)), limits=limits, **facts)
+    log = replace(log, times=log.times // unit * unit)
     assert asks_by_outcome(rule, log) is None
     assert len(rule.pairs(log)[0]) > 0
+
+
+def staggered(seed):
+    """300 users of up to five events in 90 days, somewhere in 3000 days; one in four stays away after the first."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for _ in range(300):
+        days = rng.uniform(0, 3000) + np.sort(rng.uniform(0, 90, 1 if rng.random() < 0.25 else 5))
+        kinds = rng.choice(["a", "c"], len(days))
+        if len(days) > 1:
+            kinds[rng.integers(2, 5)] = "b"
+        sequences.append([(round(day * 24) / 24, kind, 1.0) for day, kind in zip(days, kinds, strict=True)])
+    return log_of(sequences)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("rule", "place"),
+    [
+        (BeforeTheDecision(HOUR), "at one of their queries"),
+        (BeforeTheDecision(0), "at one of their queries"),
+        (OfThoseWhoStayAway(), "before one of their events"),
+    ],
+    ids=["before", "at", "stays away"],
+)
+def test_rules_that_look_ahead_by_little_are_found_out_by_cuts_of_single_users(rule, place, seed, monkeypatch):
+    monkeypatch.setattr("datamodules.label_checks.CUTS", (0.0,))  # cuts of all users at once find them by luck alone
+    line = asks_by_outcome(rule, staggered(seed))
+    assert f"asks at other moments when users are cut off {place} (" in line
+    assert "\n" not in line
+
+
+def test_a_rule_that_looks_at_the_past_of_others_moves_only_where_they_are_cut():
+    log = log_of(churners(np.random.default_rng(2)))
+    asked = _asked(AfterBusyDays(), log)
+    limits = _own_limits(log, asked)["at one of their queries"]
+    assert len(_moved_by_own_cuts(AfterBusyDays(), log, asked, limits)[0])
+    for user in range(0, log.n_users, 50):
+        alone = np.where(np.arange(log.n_users) == user, limits, FOREVER)
+        assert not len(_moved_by_own_cuts(AfterBusyDays(), log, asked, alone)[0])
+
+
+def test_queries_of_users_who_have_not_come_yet_are_not_compared():
+    """They are never kept, and that somebody comes later is what they are about."""
+    rule, log = BeforeTheEnd(1500), staggered(0)
+    users, times = rule.pairs(log)
+    assert 0.2 < (log.times[log.offsets[users]] < times).mean() < 0.8
+    assert asks_by_outcome(rule, log) is None
+
+
+def test_moved_queries_are_those_of_one_side():
+    left = (np.array([0, 0, 2, 2]), np.array([5, 9, 5, 7]))
+    right = (np.array([2, 0, 1]), np.array([5, 9, 5]))
+    users, times = _moved(left, right)
+    assert sorted(zip(users.tolist(), times.tolist(), strict=True)) == [(0, 5), (1, 5), (2, 7)]
+    assert [len(part) for part in _moved(left, left)] == [0, 0]
+    empty = (left[0][:0], left[1][:0])
+    assert sorted(zip(*(part.tolist() for part in _moved(empty, right)), strict=True)) == [(0, 9), (1, 5), (2, 5)]
 
 
 @pytest.mark.parametrize("rule", [JustBeforeTheLast(), OfThoseWhoComeBack()], ids=lambda rule: type(rule).__name__)

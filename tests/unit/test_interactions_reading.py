@@ -358,8 +358,10 @@ def test_folder_other_suffix_and_unknown_bundle(tmp_path):
         ("rating >", "is not an SQL condition"),
         ("SELECT 1", "is not an SQL condition"),
         ("rating", "must be true or false for each row"),
-        ("sum(rating) > 3", "must be true or false for each row"),
-        ("rating > avg(rating)", "must be computed row by row, it changes with other rows"),
+        ("1 > 2", "must be true or false for each row"),
+        ("sum(rating) > 3", "must be computed row by row, it changes with other rows (Agg.Sum)"),
+        ("rating > avg(rating)", "must be computed row by row, it changes with other rows (Agg.Mean)"),
+        ("count(*) OVER (PARTITION BY user_id) > 5", "must be computed row by row, it changes with other rows (Over)"),
         ("rating > 'a'", "cannot be computed"),
         ("ratng > 3", "nearest: rating"),
     ],
@@ -368,6 +370,15 @@ def test_wrong_condition(tmp_path, file, condition, said):
     line = refused(tmp_path, file(), where=["user_id > 0", condition])
     assert said in line
     assert condition.split()[0] in line
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_condition_that_cannot_be_computed_of_a_cell(tmp_path, file, suffix):
+    text = pl.when(pl.int_range(pl.len()) == 5).then(pl.lit("abc")).otherwise(pl.lit("12"))
+    path = file(suffix, noise=text)
+    line = refused(tmp_path, path, where=["CAST(noise || '' AS INTEGER) > 3"])
+    kind = {".csv": "CSV", ".parquet": "Parquet"}[suffix]
+    assert line.startswith(f"{path}: cannot be read as {kind}: conversion from `str` to `i32` failed")
 
 
 @pytest.mark.parametrize(
