@@ -117,6 +117,8 @@ class _Printed(logging.Handler):
 class SeqlitCLI(LightningCLI):
     """Finds the run a command belongs to, and links the facts of the data to the model."""
 
+    _resumes = False  # whether a fit goes on in the folder of a run
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for fact in LINKS:
             parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
@@ -167,6 +169,12 @@ class SeqlitCLI(LightningCLI):
         except TypeError as error:  # how Lightning says that a number of devices cannot be
             raise ValueError(f"trainer: {error}") from error
 
+    def before_fit(self) -> None:
+        """Take the run folder, when all that can be refused before the fit has been."""
+        logger = next((one for one in self.trainer.loggers if isinstance(one, RunLogger)), None)
+        if logger is not None and self.trainer.is_global_zero:
+            logger.claim(resumes=self._resumes)
+
     def _choose_run(self, config: Any) -> None:
         logger, asked = _run_logger(config.trainer.logger), config.ckpt_path
         if self.subcommand == "fit" and asked == "best":
@@ -184,15 +192,16 @@ class SeqlitCLI(LightningCLI):
 
         if self.subcommand == "fit":
             if asked == "last":
-                run = newest_unfinished_run(root, resolved(), _limits(config.trainer))
+                run = newest_unfinished_run(root, resolved(), _limits(config.trainer), is_first=_rank() == 0)
                 logger.init_args.version = run.name
                 config.ckpt_path = str(run / "checkpoints" / LAST)
+                self._resumes = True
                 last = _read_checkpoint(config.ckpt_path)
-                if _rank() == 0:
+                if _rank() == 0 and not config.trainer.fast_dev_run:  # which writes nothing
                     remove_drafts(run)
                     drop_rows_after(run, last)
-            elif logger.init_args.version is not None:
-                refuse_taken(Path(RunLogger(**logger.init_args.as_dict()).log_dir))
+            elif logger.init_args.version is not None and not config.trainer.fast_dev_run:
+                refuse_taken(Path(RunLogger(**logger.init_args.as_dict()).log_dir), asked)
             return
         if asked in (None, "best", "last"):
             checkpoint = LAST if asked == "last" else BEST

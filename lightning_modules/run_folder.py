@@ -2,8 +2,9 @@
 
 ``runs/<method>/version_<n>/`` holds ``config.yaml`` (resolved), ``metrics.csv``, ``fit.json``,
 ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``, and after ``test`` the folder ``report/``. Results of a part
-of the data, as of ``trainer.limit_test_batches``, go into ``partial/`` instead. A run belongs to a config when both
-resolve to the same experiment (:mod:`lightning_modules.run_identity`).
+of the data, as of ``trainer.limit_test_batches``, go into ``partial/`` instead. What a fit without a checkpoint left in
+a folder that another fit takes over lies in ``lost_<n>/``. A run belongs to a config when both resolve to the same
+experiment (:mod:`lightning_modules.run_identity`).
 """
 
 import csv
@@ -14,7 +15,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-from lightning_modules.run_identity import identity
+from lightning_modules.run_identity import LIMITS_OF_FIT, identity
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not everywhere: two fits then could take one folder at the same moment
+    fcntl = None  # type: ignore[assignment]
 
 _RUNNING = "running.json"
 BEST, LAST = "best.ckpt", "last.ckpt"
@@ -32,6 +38,7 @@ NOTHING_TO_RESUME = 3
 """Exit status of ``fit --ckpt_path last`` by which a job file tells that it may begin anew; other errors end with 2."""
 
 _DRAFT = re.compile(r"\..+\.\d+(\.\w+)?")
+_LOST = re.compile(r"lost_\d+")
 
 
 class NothingToResumeError(FileNotFoundError):
@@ -92,7 +99,10 @@ def runs_newest_first(root: Path) -> list[Path]:
 
 
 def newest_run(root: Path, config: Mapping[str, Any], checkpoint: str) -> Path:
-    """The newest run of ``config`` below ``root`` that holds ``checkpoint``.
+    """The newest run of ``config`` below ``root`` that holds ``checkpoint``, for a command that evaluates it.
+
+    Limits of a fit's batches, of which ``limit_val_batches`` cuts ``validate`` too, need not be named, nor be those of
+    the fit: where no run has the same, the newest that was fitted on all batches is taken.
 
     Args:
         root: The method's folder of runs.
@@ -106,6 +116,8 @@ def newest_run(root: Path, config: Mapping[str, Any], checkpoint: str) -> Path:
         FileNotFoundError: If there is none; says what the newest run of another config differs in.
     """
     wanted = identity(config)
+    without_limits = {key: value for key, value in wanted.items() if key not in LIMITS_OF_FIT}
+    unlimited: Path | None = None
     difference = ""
     for run in runs_newest_first(root):
         if not (run / "checkpoints" / checkpoint).is_file():
@@ -113,14 +125,21 @@ def newest_run(root: Path, config: Mapping[str, Any], checkpoint: str) -> Path:
         found = _identity_of(run)
         if found == wanted:
             return run
-        difference = difference or f" (the newest other run, {run}, differs: {_difference(found, wanted)})"
+        if found == without_limits:
+            unlimited = unlimited or run
+        compared = wanted if LIMITS_OF_FIT & found.keys() else without_limits
+        difference = difference or f" (the newest other run, {run}, differs: {_difference(found, compared)})"
+    if unlimited is not None:
+        return unlimited
     raise FileNotFoundError(
         f"no run of this config with a {checkpoint} in {root}{difference}; run `seqlit fit` with this config first, "
         "or name a checkpoint with --ckpt_path"
     )
 
 
-def newest_unfinished_run(root: Path, config: Mapping[str, Any], asked: Mapping[str, int]) -> Path:
+def newest_unfinished_run(
+    root: Path, config: Mapping[str, Any], asked: Mapping[str, int], *, is_first: bool = True
+) -> Path:
     """The newest run of ``config`` below ``root`` that did less than is asked for and can be gone on with.
 
     A run that stopped by itself before it had done what it was asked for (early stopping) is finished.
@@ -129,6 +148,7 @@ def newest_unfinished_run(root: Path, config: Mapping[str, Any], asked: Mapping[
         root: The method's folder of runs.
         config: The resolved config asked for.
         asked: ``max_epochs`` and ``max_steps``, -1 for no limit.
+        is_first: Whether this is the first process of the fit, which may have claimed the run when another looks.
 
     Returns:
         The run's folder, which holds ``last.ckpt``.
@@ -153,9 +173,8 @@ def newest_unfinished_run(root: Path, config: Mapping[str, Any], asked: Mapping[
         elif not (run / "checkpoints" / LAST).is_file():
             same = same or f"the newest, {run}, was ended before its first {LAST}"
         else:
-            pid = _worker(run)
-            if pid is not None:
-                raise ValueError(f"{run} is still being trained, by process {pid}: wait for it, or end it first")
+            if is_first:
+                _refuse_working(run)
             return run
     found_instead = same or other or "there is no run"
     message = f"no unfinished run of this config in {root} ({found_instead}); to start one, leave out --ckpt_path last"
@@ -164,17 +183,67 @@ def newest_unfinished_run(root: Path, config: Mapping[str, Any], asked: Mapping[
     raise NothingToResumeError(f"{message} (exit status {NOTHING_TO_RESUME}: there is nothing to resume)")
 
 
-def refuse_taken(run: Path) -> None:
+def refuse_taken(run: Path, asked: str | None = None) -> None:
     """See that a fresh fit into this folder overwrites no other run.
 
+    One that was ended before its first checkpoint is none: it cannot be gone on with, see :meth:`RunLogger.claim`.
+
+    Args:
+        run: The folder, which need not be there.
+        asked: Path of the checkpoint that the fit starts from, if any.
+
     Raises:
-        ValueError: If there are a config or checkpoints.
+        ValueError: If there are checkpoints, or a run that finished without any.
     """
-    if (run / "config.yaml").exists() or any((run / "checkpoints").glob("*")):
-        raise ValueError(
-            f"{run} holds a run already: go on with it by --ckpt_path last, or choose another "
-            "trainer.logger.init_args.version (null: the next free number)"
-        )
+    checkpoints = {path.name for path in (run / "checkpoints").glob("*") if not _DRAFT.fullmatch(path.name)}
+    if not checkpoints and not read_fit_facts(run).get("finished"):
+        return
+    other = "another trainer.logger.init_args.version (null: the next free number)"
+    if asked is not None:
+        advice = f"a fit from {asked} is a run of its own, choose {other}; --ckpt_path last goes on in the same folder"
+    elif LAST in checkpoints:
+        advice = f"go on with it by --ckpt_path last, or choose {other}"
+    else:
+        advice = f"without a {LAST} nothing goes on with it, choose {other}"
+    raise ValueError(f"{run} holds a run already: {advice}")
+
+
+def _refuse_working(run: Path) -> None:
+    pid = _worker(run)
+    if pid is not None:
+        raise ValueError(f"{run} is still being trained, by process {pid}: wait for it, or end it first")
+
+
+def _set_aside(run: Path) -> None:
+    """Move what a fit without a checkpoint left into ``lost_<n>/``, so that nothing of a new one is added to it."""
+    if not (run / "config.yaml").exists():
+        return
+    remove_drafts(run)
+    left = [path for path in run.iterdir() if path.name != _RUNNING and not _LOST.fullmatch(path.name)]
+    number = 1
+    while (run / f"lost_{number}").exists():
+        number += 1
+    lost = run / f"lost_{number}"
+    lost.mkdir()
+    # The config last: a kill in between leaves it, and the next fit moves the rest.
+    for path in sorted(left, key=lambda path: path.name == "config.yaml"):
+        path.rename(lost / path.name)
+    print(f"seqlit: what a fit that was ended before its first checkpoint left in {run} is now in {lost}", flush=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, where the system and the disk know locks; a process that dies gives it back."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def mark_running(run: Path, *, running: bool) -> None:
@@ -263,15 +332,40 @@ class RunLogger(CSVLogger):
         super().__init__(save_dir, name=name, version=version)
         self._is_numbered = version is None
         self._made: list[Path] = []  # folders, from that of the run up
+        self._is_claimed = False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The writer behind ``log_metrics``."""
         if self._experiment is None:
-            self._made = self._make_folder()
+            self._made = self._made or self._make_folder()
             self._experiment = _AppendingWriter(self.log_dir)
         return self._experiment
+
+    def claim(self, *, resumes: bool) -> None:
+        """Take the folder of a given version for a fit of this process: of two that start together, one is refused.
+
+        Nothing is appended to what a fit that was ended before its first checkpoint left there: it is moved to
+        ``lost_<n>/``. A version that is numbered here needs no claim. To be called in the first process alone.
+
+        Args:
+            resumes: Whether the fit goes on with the run of this folder.
+
+        Raises:
+            ValueError: If a process of this machine is at work there, or a fresh fit would overwrite a run.
+        """
+        if self._is_numbered:
+            return
+        self._made = self._make_folder()
+        folder = Path(self.log_dir)
+        with _alone(folder):
+            _refuse_working(folder)
+            if not resumes:
+                refuse_taken(folder)
+                _set_aside(folder)
+            mark_running(folder, running=True)
+        self._is_claimed = True
 
     def _make_folder(self) -> list[Path]:
         """Make the run folder: it and those above that were not there; none where a given one is gone on with."""
@@ -295,6 +389,8 @@ class RunLogger(CSVLogger):
     def remove_folder(self) -> None:
         """Take away the run folder, with folders above it that are empty then, where this logger made them."""
         made, self._made = self._made, []
+        if self._is_claimed:
+            mark_running(Path(self.log_dir), running=False)
         if made:
             self._experiment = None  # it would write once more when it is told to end
             shutil.rmtree(made[0], ignore_errors=True)

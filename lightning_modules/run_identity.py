@@ -11,6 +11,9 @@ do not name them are found too.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+LIMITS_OF_FIT = frozenset({"trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.overfit_batches"})
+"""Keys that decide what was fitted; another command than `fit`, which they may cut short, need not name them alike."""
+
 _SPEED_ONLY = frozenset({"eval_batch_size", "num_workers", "n_workers", "cache_dir", "impl", "progress"})
 _PREDICT_ONLY = frozenset({"next_session"})  # new every day, of one and the same fit
 # By name and not by an attribute of the class: configs of runs are compared without importing what they name, and

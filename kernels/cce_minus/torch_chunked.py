@@ -15,7 +15,8 @@ to z+ as well. With upstream gradients g of the loss and h of the lse,
     d_e   = sum_k (g + h) p_k c_k + (g (p+ - 1) + h p+) c_y
     d_C_j = the same weights times e, summed over all places where item j occurs
 
-A row whose draws were all rejected has neg = -inf, hence loss 0, lse = z+ and no gradient of the loss.
+A row whose draws were all rejected has neg = -inf, hence loss 0, lse = z+ and no gradient of the loss. In any other a
+z+ of +inf or NaN makes the loss NaN, and of -inf +inf.
 
 Nothing larger than a block is ever kept: ids are drawn, and logits computed, once more in the backward pass.
 
@@ -119,7 +120,11 @@ def chunked_forward(hidden: Tensor, table: Tensor, rows: LossRows) -> Forward:
         negative += log_scale
         margin = negative - positive
         gap = torch.logaddexp(margin, torch.zeros_like(margin))
-        out.lse[here], out.margin[here], out.shift[here] = positive + gap, margin, positive + gap - log_scale
+        out.lse[here], out.shift[here] = positive + gap, positive + gap - log_scale
+        # the log-sum-exp less the logit is inf - inf, which the margin of -inf would call a loss of 0
+        lost = (n_kept > 0) & (positive == math.inf)
+        margin, gap = (x.masked_fill(lost, math.nan) for x in (margin, gap))
+        out.margin[here] = margin
         if rows.correction == "improved_logq":
             # 1 - exp(z+) / Zhat = sigmoid(margin); at neg = -inf this is 0 times infinity, and means 0
             out.loss[here] = torch.where(negative == -math.inf, 0.0, torch.sigmoid(margin) * margin)

@@ -107,6 +107,8 @@ def finish_rows(
 ):
     """From the positive logit and the sum over negatives to what is reported and saved, all (B,) fp32.
 
+    A positive logit of +inf leaves loss and margin no number, unless the row has no negatives.
+
     Returns:
         loss, lse, margin = neg - z+ (its sigmoid is 1 - p+), shift with p_k = exp(z_k - log q_k - shift).
     """
@@ -131,7 +133,10 @@ def finish_rows(
     margin = negative - positive
     gap = tl.maximum(margin, 0.0) + log1p(tl.exp(-tl.abs(margin)))
     lse = positive + gap
-    loss = gap
+    # the log-sum-exp less the logit is inf - inf, which the margin of -inf would call a loss of 0
+    lost = (n_kept > 0) & (positive == float("inf"))
+    margin = tl.where(lost, float("nan"), margin)
+    loss = tl.where(lost, float("nan"), gap)
     if CORRECTION == IMPROVED_LOGQ:
         loss = tl.where(some, tl.sigmoid(margin) * tl.where(some, margin, 0.0), 0.0)
     return loss, lse, margin, lse - log_scale

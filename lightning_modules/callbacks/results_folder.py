@@ -6,6 +6,8 @@ from lightning import Trainer
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import CombinedLoader
 
+from lightning_modules.collectives import gather_objects
+
 PARTIAL = "partial"
 
 
@@ -33,7 +35,7 @@ def results_folder(trainer: Trainer) -> Path | None:
 
 
 def is_partial(trainer: Trainer) -> bool:
-    """Whether a limit leaves out batches of the test or prediction that is under way."""
+    """Whether a limit leaves out batches, in any process, of the test or prediction under way; a collective."""
     if trainer.predicting:
         limit, asked, loaders = trainer.limit_predict_batches, trainer.num_predict_batches, trainer.predict_dataloaders
     else:
@@ -41,4 +43,6 @@ def is_partial(trainer: Trainer) -> bool:
     if isinstance(limit, float):  # a share of all batches
         return limit < 1
     lengths = [sized_len(loader) for loader in CombinedLoader(loaders, "sequential").flattened]
-    return None in lengths or sum(asked) < sum(length or 0 for length in lengths)  # None is a loader without a length
+    # None is a loader without a length; of several processes each has its own loaders
+    own = None in lengths or sum(asked) < sum(length or 0 for length in lengths)
+    return any(gather_objects(own))

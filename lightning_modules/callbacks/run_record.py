@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.callbacks.results_folder import folder_of_run
@@ -212,8 +213,19 @@ def _run_folder(trainer: Trainer) -> str | None:
 
 
 def _is_out_of_time(trainer: Trainer) -> bool:
-    """Whether a Timer, such as that of ``trainer.max_time``, has ended the run or is about to."""
+    """Whether a Timer, such as that of ``trainer.max_time``, has ended the run or is about to, and nothing else has.
+
+    ``EarlyStopping`` ends a run for good, also where its time was up in the same epoch.
+    """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        # Between two epochs the trainer counts the last one already. An older stop is of a run that was gone on with.
+        if (
+            isinstance(callback, EarlyStopping)
+            and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
+            and callback.stopped_epoch >= trainer.current_epoch - 1
+        ):
+            return False
     left = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
     return any(seconds is not None and seconds <= 0 for seconds in left)
 

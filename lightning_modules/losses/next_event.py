@@ -16,6 +16,8 @@ from lightning_modules.collectives import share, sum_in_place
 from lightning_modules.networks.event_encoders import UNKNOWN
 from lightning_modules.networks.series_network import require_at_least_one
 
+_NO_TARGET = -100
+
 
 class EventObjective(nn.Module, ABC):
     """A loss of representations of event sequences, with whatever heads it trains beside the encoder.
@@ -157,17 +159,16 @@ class NextEvent(EventObjective):
             for feature, head in enumerate(self.class_heads):
                 logits = head(states)
                 classes = ids[:, feature].clamp(max=logits.shape[1] - 1)
-                ignored = self._no_target(feature)
-                if self.training or bool((classes != ignored).any()):  # a mean over nothing is NaN
-                    mean = F.cross_entropy(logits, classes, ignore_index=ignored)
+                if not self.training and not self.met_unknown[feature]:
+                    # by id: with two classes every known id counts as that of the unknown one
+                    classes = classes.masked_fill(ids[:, feature] == UNKNOWN, _NO_TARGET)
+                if self.training or bool((classes != _NO_TARGET).any()):  # a mean over nothing is NaN
+                    mean = F.cross_entropy(logits, classes, ignore_index=_NO_TARGET)
                     loss = loss + self.weights[0] * mean / len(self.class_heads)
         if self.weights[1] and self.numeric_head is not None:
             numeric = batch["numeric"][:, 1:][counts[:, :-1]]
             loss = loss + self.weights[1] * F.mse_loss(self.numeric_head(states), numeric.to(states.dtype))
         return self.weighted(loss, len(states))
-
-    def _no_target(self, feature: int) -> int:
-        return UNKNOWN if not self.training and not self.met_unknown[feature] else -100
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         state_dict.setdefault(f"{prefix}met_unknown", torch.ones_like(self.met_unknown))

@@ -257,6 +257,29 @@ def test_a_logit_that_is_no_number_makes_a_loss_that_is_none(impl, correction, b
     torch.testing.assert_close(loss[~wrong], truth[~wrong].detach(), **EXACT)
 
 
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_targets_logit_that_is_no_number_makes_a_loss_that_is_none(impl, correction, bad):
+    hidden, table, _, _ = problem(n_items=8, shape=(6,), padding=False)
+    with torch.no_grad():
+        table[7, 0] = bad
+        hidden[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 1.0])
+    # the last two: without a negative, where collisions are rejected, and ignored
+    targets, ids = torch.tensor([7, 7, 7, 7, 7, -100]), torch.arange(7).repeat(5, 1)
+    ids[4] = 7
+    loss = cce_minus_loss(hidden, table, targets, negatives=ids, correction=correction, reduction="none", impl=impl)
+    (gradient,) = torch.autograd.grad(loss.sum(), hidden)
+    loss = loss.detach()
+    assert loss[:4].isnan().tolist() == ([True, False] * 2 if bad == math.inf else [True] * 4)
+    assert not loss[:4].isfinite().any()
+    if bad == math.inf and correction in REJECTING:
+        assert float(loss[4]) == 0
+    assert float(loss[5]) == 0
+    assert not gradient[5].any()
+    if impl != "reference":  # autograd takes logaddexp at inf for a constant
+        assert not gradient[:4].isfinite().any()
+
+
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_items_never_drawn_do_not_matter_where_nothing_is_kept(impl, correction, given):

@@ -299,6 +299,33 @@ def test_a_logit_that_is_no_number_makes_a_loss_that_is_none(bad, correction, sh
     assert not gradient[wrong].isfinite().any()
 
 
+@pytest.mark.parametrize("sharing", PRODUCT["sharing"])
+@pytest.mark.parametrize("correction", PRODUCT["correction"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_targets_logit_that_is_no_number_makes_a_loss_that_is_none(bad, correction, sharing):
+    hidden, table = torch.randn(6, 5, device=DEVICE), torch.randn(8, 5, device=DEVICE)
+    table[7, 0] = bad
+    hidden[:, 0] = torch.tensor([1.0, -1.0] * 3)
+    targets = torch.tensor([7, 7, 7, 7, 7, -100], device=DEVICE)
+    ids = torch.arange(7, device=DEVICE)
+    if sharing != "batch":
+        ids = ids.repeat({"position": 5, "tile": 3}[sharing], 1)
+        ids[-1] = 7  # of the last position that counts: without a negative, where collisions are rejected
+    kwargs = {"negatives": ids, "sharing": sharing, "tile_size": 2, "correction": correction, "reduction": "none"}
+    truth = cce_minus_loss(hidden, table, targets, impl="reference", **kwargs)
+    hidden.requires_grad_()
+    ours = cce_minus_loss(hidden, table, targets, impl="triton", **kwargs)
+    (gradient,) = torch.autograd.grad(ours.sum(), hidden)
+    ours = ours.detach()
+    assert truth[:4].isnan().tolist() == ([True, False] * 2 if bad == math.inf else [True] * 4)
+    compared = slice(None) if bad == math.inf else slice(4)  # without a negative the reference hides a logit of NaN
+    assert torch.equal(ours[compared].isnan(), truth[compared].isnan())
+    assert torch.equal(ours[compared].isinf(), truth[compared].isinf())
+    assert not gradient[:4].isfinite().any()
+    assert float(ours[5]) == 0
+    assert not gradient[5].any()
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("sharing", PRODUCT["sharing"])
 def test_a_given_correction_reaches_every_kernel_in_float32(plain_case, sharing, deterministic, monkeypatch):

@@ -186,6 +186,19 @@ def test_an_unknown_category_is_a_target_only_where_training_had_one():
     torch.testing.assert_close(float(objective(h, batch)), in_training, **EXACT)
 
 
+def test_with_two_classes_known_categories_are_targets_in_evaluation():
+    """Both they and the unknown one count as class 1; the unknown id alone is left out."""
+    batch = batch_of()
+    h, objective = states_of(batch), NextEvent(**FACTS, weights=(1, 0), max_classes=2).double().eval()
+    assert not bool(objective.met_unknown.any())
+    targets = (batch["mask"][:, 1:] & batch["mask"][:, :-1]).unsqueeze(-1) & (batch["categorical"][:, 1:] != 1)
+    expected = 0.0
+    for feature, head in enumerate(objective.class_heads):
+        logits = head(h[:, :-1][targets[..., feature]])
+        expected += torch.nn.functional.softplus(logits[:, 0] - logits[:, 1]).mean().item() / 2
+    torch.testing.assert_close(float(objective(h, batch).detach()), expected, **EXACT)
+
+
 def test_context_of_a_step_is_looked_up_at_its_event_or_at_the_next_one():
     batch = batch_of([3, 1, 2])
     times = batch["times"].tolist()

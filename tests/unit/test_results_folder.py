@@ -5,6 +5,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch.utils.data import DataLoader
 
+from lightning_modules.callbacks import results_folder as module
 from lightning_modules.callbacks.results_folder import results_folder
 from lightning_modules.callbacks.study_report import StudyReport
 
@@ -59,6 +60,14 @@ def test_a_part_has_a_folder_of_its_own(tmp_path, command, limit, partial):
 def test_a_limit_of_the_other_command_is_none_of_this(tmp_path, command):
     other = "predict" if command == "test" else "test"
     assert called(tmp_path, command, Asked(), **{f"limit_{other}_batches": 1}).folder == tmp_path
+
+
+@pytest.mark.parametrize("others", [[False, False], [False, True]])
+def test_a_part_in_any_process_is_a_part_in_all(tmp_path, monkeypatch, others):
+    """Loaders of several processes need not be of one length: a limit may cut those of others alone."""
+    monkeypatch.setattr(module, "gather_objects", lambda own: [own, *others])
+    asked = called(tmp_path, "test", Asked(), limit_test_batches=N_BATCHES)
+    assert asked.folder == (tmp_path / "partial" if any(others) else tmp_path)
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])

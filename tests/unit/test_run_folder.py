@@ -1,16 +1,18 @@
 """Runs are found again by what decides a result, and metrics of a resumed run are appended."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning.pytorch.callbacks
 import pytest
 import yaml
 
-from lightning_modules import callbacks, run_identity
+from lightning_modules import callbacks, run_folder, run_identity
 from lightning_modules.run_folder import (
     BEST,
     LAST,
@@ -78,11 +80,6 @@ def named(name, **arguments):
         {"gradient_clip_val": 0.5},
         {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
         {"accumulate_grad_batches": 2},
-        {"limit_train_batches": 2},
-        {"limit_train_batches": 1},
-        {"limit_val_batches": 0.5},
-        {"limit_val_batches": 0},
-        {"overfit_batches": 1},
         {"callbacks": [named("ModelCheckpoint"), named("AdversarialTraining", mode="pgd")]},
         {"callbacks": [named("AdversarialTraining", mode="trades")]},
         {"callbacks": named("EarlyStopping", patience=3)},
@@ -98,6 +95,36 @@ def test_a_trainer_that_decides_the_result_is_another_experiment(tmp_path, train
     run = add_run(tmp_path, 1, changed)
     assert newest_run(tmp_path, changed, BEST) == run
     assert newest_run(tmp_path, config(), BEST).name == "version_0"
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"limit_train_batches": 2},
+        {"limit_train_batches": 1},
+        {"limit_val_batches": 0.5},
+        {"limit_val_batches": 0},
+        {"overfit_batches": 1},
+    ],
+    ids=str,
+)
+def test_limits_of_a_fit_need_not_be_those_of_a_command_after_it(tmp_path, trainer):
+    """A run of a part of the data is asked for by its limits; with the limits of `validate` one of all is found."""
+    limited, asked = with_trainer(**trainer), {"max_epochs": 3, "max_steps": -1}
+    (key,) = trainer
+    part = add_run(tmp_path, 1, limited)
+    with pytest.raises(FileNotFoundError, match=rf"version_1, differs: trainer\.{key} is .* there, None here\)"):
+        newest_run(tmp_path, config(), BEST)
+    whole = add_run(tmp_path, 0, config(), LAST)
+    (whole / "checkpoints" / BEST).write_bytes(b"")
+    assert newest_run(tmp_path, limited, BEST) == part, "though an older one of all was found too"
+    assert newest_run(tmp_path, config(), BEST) == whole
+    assert newest_run(tmp_path, limited, LAST) == whole
+    with pytest.raises(FileNotFoundError, match=r"differs: data.init_args.batch_size is 8 there, 9 here\)"):
+        newest_run(tmp_path, limited | {"data": config(data__batch_size=9)["data"]}, LAST)
+    (part / "config.yaml").unlink()
+    with pytest.raises(NothingToResumeError, match=rf"version_0, differs: trainer\.{key} is None there"):
+        newest_unfinished_run(tmp_path, limited, asked)
 
 
 @pytest.mark.parametrize(
@@ -326,15 +353,105 @@ def test_a_number_that_is_no_folder_is_passed_over(tmp_path):
     assert Path(logger.log_dir).name == "version_1"
 
 
-@pytest.mark.parametrize("left", ["config.yaml", "checkpoints/best.ckpt"])
-def test_a_folder_that_holds_a_run_is_taken(tmp_path, left):
+@pytest.mark.parametrize(
+    ("left", "asked", "advice"),
+    [
+        ("checkpoints/last.ckpt", None, r"go on with it by --ckpt_path last, or choose another trainer\.logger"),
+        ("checkpoints/best.ckpt", None, r"without a last\.ckpt nothing goes on with it, choose another trainer"),
+        ("checkpoints/last.ckpt", "a/last.ckpt", r"a fit from a/last\.ckpt is a run of its own, choose another"),
+        ("fit.json", None, r"without a last\.ckpt nothing goes on with it"),
+    ],
+)
+def test_a_folder_that_holds_a_run_is_taken(tmp_path, left, asked, advice):
     run = tmp_path / "version_7"
     refuse_taken(run)
     (run / left).parent.mkdir(parents=True)
     refuse_taken(run)
-    (run / left).write_text("")
-    with pytest.raises(ValueError, match=r"version_7 holds a run already: go on with it by --ckpt_path last"):
+    (run / left).write_text('{"finished": true}')
+    (run / "config.yaml").write_text("{}")
+    with pytest.raises(ValueError, match=rf"version_7 holds a run already: {advice}"):
+        refuse_taken(run, asked)
+    with pytest.raises(ValueError, match="version_7 holds a run already"):
+        RunLogger(str(tmp_path.parent), tmp_path.name, 7).claim(resumes=False)
+    RunLogger(str(tmp_path.parent), tmp_path.name, 7).claim(resumes=True)
+    assert sorted(path.name for path in run.iterdir()) == sorted({"config.yaml", "running.json", left.split("/")[0]})
+
+
+def test_what_was_ended_before_its_first_checkpoint_is_set_aside(tmp_path):
+    """Nothing of the new run is added to what the old one left, however often it is ended."""
+    run = tmp_path / "method/version_7"
+    for text in ("first", "second"):
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints/.last.123.ckpt").write_text("the draft of a writer that was killed")
+        for name in ("config.yaml", "config_sitting_2.yaml", "metrics.csv", "wandb.json"):
+            (run / name).write_text(text)
+        (run / "fit.json").write_text('{"finished": false}')
         refuse_taken(run)
+        RunLogger(str(tmp_path), "method", 7).claim(resumes=False)
+    assert sorted(path.name for path in run.iterdir()) == ["lost_1", "lost_2", "running.json"]
+    for number, text in ((1, "first"), (2, "second")):
+        assert (run / f"lost_{number}/metrics.csv").read_text() == text
+        assert (run / f"lost_{number}/config_sitting_2.yaml").read_text() == text
+        assert not any((run / f"lost_{number}/checkpoints").iterdir())
+    assert runs_newest_first(tmp_path / "method") == []
+
+
+def test_a_folder_without_a_run_keeps_what_lies_there(tmp_path):
+    run = tmp_path / "method/version_7"
+    run.mkdir(parents=True)
+    (run / "notes.txt").write_text("of the user")
+    logger = RunLogger(str(tmp_path), "method", 7)
+    logger.claim(resumes=False)
+    assert sorted(path.name for path in run.iterdir()) == ["notes.txt", "running.json"]
+    logger.remove_folder()
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+
+
+def test_a_claimed_folder_goes_with_the_fit_that_made_it(tmp_path):
+    logger = RunLogger(str(tmp_path / "runs"), "method", 7)
+    logger.claim(resumes=False)
+    assert logger.experiment is not None
+    logger.remove_folder()
+    assert list(tmp_path.iterdir()) == []
+
+
+def claimed(folder, resumes, start, answers):
+    """What one of two processes hears that claim a folder at the same moment."""
+    start.wait(60)
+    try:
+        RunLogger(str(folder), "method", 7).claim(resumes=resumes)
+        answers.put("claimed")
+    except ValueError as error:
+        answers.put(str(error))
+    start.wait(60)  # both are alive until both have asked
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork")
+@pytest.mark.parametrize("found", ["nothing", "what was lost", "a run to resume"])
+def test_of_fits_that_start_together_one_gets_the_folder(tmp_path, monkeypatch, found):
+    pytest.importorskip("fcntl")
+    run = tmp_path / "method/version_7"
+    if found != "nothing":
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text("{}")
+
+    def after_a_while(*arguments, **named):
+        time.sleep(0.2)  # without a lock the other looks in the meantime
+        mark_running(*arguments, **named)
+
+    monkeypatch.setattr(run_folder, "mark_running", after_a_while)
+    context = multiprocessing.get_context("fork")  # a new process would import torch, which takes seconds
+    start, answers = context.Barrier(2), context.Queue()
+    arguments = (tmp_path, found == "a run to resume", start, answers)
+    both = [context.Process(target=claimed, args=arguments) for _ in range(2)]
+    for process in both:
+        process.start()
+    said = sorted(answers.get(timeout=60) for _ in both)
+    for process in both:
+        process.join(60)
+    assert "version_7 is still being trained, by process" in said[0]
+    assert said[1] == "claimed"
+    assert [path.name for path in run.glob("lost_*")] == (["lost_1"] if found == "what was lost" else [])
 
 
 def test_a_logger_keeps_folders_that_others_write_to(tmp_path):
@@ -355,6 +472,7 @@ def test_a_run_that_is_still_at_work_is_left_alone(tmp_path):
             (run / "running.json").write_text(json.dumps(note | {"pid": other.pid} | started))
             with pytest.raises(ValueError, match=rf"version_0 is still being trained, by process {other.pid}"):
                 newest_unfinished_run(tmp_path, config(), asked)
+        assert newest_unfinished_run(tmp_path, config(), asked, is_first=False) == run, "the first claimed it"
         (run / "running.json").write_text(json.dumps(note | {"pid": other.pid, "started": "1"}))
         if _started(other.pid) is not None:
             assert newest_unfinished_run(tmp_path, config(), asked) == run, "its number went to another process"
