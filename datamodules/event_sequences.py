@@ -437,11 +437,13 @@ class EventSequencesDataModule(LightningDataModule):
         context = np.arange(log.n_users) if log.by_time else np.flatnonzero(log.user_folds == 0)
         first = settings.categorical[0]
         events = flat_events(folder, keep)
+        # By the users' own ids: what is drawn must not depend on who comes later. As integers, which no precision of a
+        # trainer rounds.
+        events["words"] = torch.from_numpy(log.user_words.astype(np.int64))
         if log.by_time:
-            # By the user alone: whom a context draws must not depend on who comes later.
             draws = chain(0, Purpose.CONTEXT_USER, log.user_words).astype(np.float64) / 2.0**64
             there = log.before(np.arange(log.n_users), np.full(log.n_users, log.validation_start)) > log.offsets[:-1]
-            events["draws"] = torch.from_numpy(np.where(there, -1.0, draws))
+            events["draws"] = torch.from_numpy(np.where(there, -1.0, draws)).view(torch.int64)
         return {
             "events": events,
             "user_ids": folder.ids("user_ids").to_list(),

@@ -19,14 +19,14 @@ from lightning_modules.collectives import from_first, gather_rows, kept_by_first
 from lightning_modules.context.aggregators import AggregatorFactory, KernelAttention
 from lightning_modules.context.combination import CombinationFactory, Concat
 from lightning_modules.context.data_state import check_trained_on, require_absolute_times
-from lightning_modules.context.enriched import Asked, ContextRules, EnrichedEncoder
+from lightning_modules.context.enriched import Asked, Branch, ContextRules, EnrichedEncoder, drawn_by_name
 from lightning_modules.context.evaluation import Embeddings, Encoded, Evaluation, evaluate, exported
 from lightning_modules.context.fit_contexts import FitContexts
 from lightning_modules.context.fixed_sequences import validation_sequences
 from lightning_modules.context.refresh import PerEpoch, Refresh, Static
 from lightning_modules.context.study import ContextStudy
 from lightning_modules.context.visible import Context, Events
-from lightning_modules.losses import CoLES, EventObjective, ObjectiveFactory
+from lightning_modules.losses import CoLES, EventObjective, ObjectiveFactory, recall_at
 from lightning_modules.many_devices import require_replicas
 from lightning_modules.metrics import EpochMean
 from lightning_modules.networks import EncoderFactory, EventEncoder, RecurrentEncoder
@@ -40,9 +40,10 @@ class KernelAttentionAggregator(LightningModule):
     """Pre-train an encoder, train aggregators of the states of others on it, and see what they add.
 
     ``fit`` first trains the encoder on its own objective (or loads it) and keeps its epoch of least ``val/loss``, then
-    all aggregators at once by the same kind of loss on z = combination(q, b), with the encoder frozen or, each branch
-    its own copy, tuned; of these the last epoch is kept. ``test`` hands own states, z and time features to probes of
-    every target and returns a study; ``predict`` gives embeddings z with the users that influenced them.
+    all aggregators at once by the same kind of loss on z = combination(q, b), with the encoder frozen or tuned, each
+    branch its own copy and the wider encoder beside them; of these the last epoch is kept. ``test`` hands own states, z
+    and time features to probes of every target and returns a study; ``predict`` gives embeddings z with the users that
+    influenced them.
 
     Batches are those of ``EventSequencesDataModule``: sequences in training; in validation, test and prediction one
     batch of flat events, context users and queries. In validation nothing of the test is in it, and under a time split
@@ -51,8 +52,10 @@ class KernelAttentionAggregator(LightningModule):
 
     Logged: ``train/loss``, the mean over what is trained; ``val/loss``, and ``val/<aggregator>/loss`` or
     ``val/wide/loss`` of each, over one batch of all validation sequences, so that a CoLES that sums over pairs has
-    another scale there than in training; with a tuned encoder ``bank/<aggregator>/drift``, 1 - cosine of the bank's
-    states and fresh ones at the end of an epoch, and ``bank/<aggregator>/age_steps``, batches since it was encoded.
+    another scale there than in training; while CoLES trains encoders ``val/recall`` and ``val/wide/recall``, the share
+    of a user's other slices among the 4 most similar; with a tuned encoder ``bank/<aggregator>/drift``, 1 - cosine of
+    the bank's states and fresh ones at the end of an epoch, and ``bank/<aggregator>/age_steps``, batches since it was
+    encoded.
 
     Of several processes each trains on its part of a batch, and the step is that of one process with the joined batch,
     but for norms, whose statistics in training are those of each part. Each holds all events and encodes the contexts;
@@ -67,18 +70,21 @@ class KernelAttentionAggregator(LightningModule):
         encoder_epochs: Epochs of the encoder; 0 with ``encoder_weights``.
         encoder_weights: A checkpoint of this module whose encoder is taken instead of training one. A fit refuses one
             that was trained on another split, other events or another coding, and warns of one that does not say.
-        wide_encoder: Factory of a wider encoder, trained beside the first: the parameter-matched control.
+        wide_encoder: Factory of a wider encoder, the parameter-matched control: trained beside the first, and where
+            that is tuned for as many further epochs as the branches.
         aggregators: Factories by name; the default is kernel attention.
         aggregator_epochs: Epochs of the aggregators; 0 if none has anything to learn.
         objective: Factory of what aggregators are trained by; by default as the encoder.
         combination: Factory of what joins own state and context.
         context: What counts as context.
         tune_encoder: Whether branches train copies of the encoder; a branch without context gets as many epochs.
-        refresh: When the bank is encoded anew while tuning; by default every epoch, with a frozen encoder never.
+        refresh: When the bank is encoded anew while tuning, and by which encoder in a test; by default every epoch and
+            by the tuned one, published never. With a frozen encoder there is nothing to refresh.
         max_context_queries: Most steps of a batch, and process, whose context is looked up, where the objective reads
             every step: later sequences of the batch are left out.
         evaluation: Probes, arms and controls of the test.
-        reference_mode: Context as the released code has it, see ``ContextRules.published``.
+        reference_mode: Whether rules of the context, arguments of aggregators and the policy of refreshing that are not
+            given are those of the released code: see ``ContextRules`` and what ``published`` means for each aggregator.
         encoder_optimizer: Called with the parameters of an encoder and its objective.
         aggregator_optimizer: Called with the parameters of each branch.
 
@@ -142,32 +148,44 @@ class KernelAttentionAggregator(LightningModule):
             weights, kept = encoder_from(encoder_weights)
             network.load_state_dict(weights)
             self._encoder_source = encoder_weights, kept
-        rules = context or ContextRules()
         self.model = EnrichedEncoder(
             network,
             aggregators or {"kernel": KernelAttention},
             combination=combination,
             objective=objective or encoder_objective,
             median_gap=float(median_gap),
-            rules=rules.published() if reference_mode else rules,
+            rules=context,
             tune=tune_encoder,
+            published=reference_mode,
             **known,
         )
         self.pretraining = nn.ModuleDict({"encoder": encoder_objective(d=network.d_model, **known)})
         self.wide = None if wide_encoder is None else wide_encoder(**known)
+        self.wide_branch: Branch | None = None
         if self.wide is not None:
             self.pretraining["wide"] = encoder_objective(d=self.wide.d_model, **known)
+        if self.wide is not None and tune_encoder:
+            with drawn_by_name("wide"):
+                self.wide_branch = Branch(
+                    None,
+                    d=self.wide.d_model,
+                    combination=combination,
+                    objective=objective or encoder_objective,
+                    facts=known,
+                    encoder=None,
+                )
         self.encoder_epochs, self.aggregator_epochs = encoder_epochs, aggregator_epochs
         self.max_context_queries = max_context_queries
         self.evaluation = evaluation or Evaluation()
         self.evaluation.check_aggregators(self.model.aggregators)
         self.encoder_optimizer, self.aggregator_optimizer = encoder_optimizer, aggregator_optimizer
         self.learned = [name for name in self.model.branches if self.model.branch(name).learns]
+        self.learned += [] if self.wide_branch is None else ["wide"]
         if self.learned and aggregator_epochs == 0:
             raise ValueError(f"aggregator_epochs must be at least 1 for {', '.join(self.learned)}, got 0")
         if encoder_epochs + (aggregator_epochs if self.learned else 0) == 0:
             raise ValueError("nothing is trained: encoder_weights are given and no aggregator has anything to learn")
-        self._policy = refresh or (PerEpoch() if tune_encoder else Static())
+        self._policy = refresh or (PerEpoch() if tune_encoder and not reference_mode else Static())
         self._start_over()
         self.train_loss = EpochMean()
         self.bank_ages = nn.ModuleDict({name: EpochMean() for name in self.contexts.refreshes if tune_encoder})
@@ -265,7 +283,11 @@ class KernelAttentionAggregator(LightningModule):
         """A step of the encoder, or of every branch that has something to learn."""
         optimizers: Any = self.optimizers(use_pl_optimizer=True)
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        named = dict(zip(self._optimised, optimizers, strict=True))
+        n_first = len(self.pretraining) if self.encoder_epochs else 0
+        if self._is_pretraining:
+            named = dict(zip(self.pretraining, optimizers[:n_first], strict=True))
+        else:
+            named = dict(zip(self.learned, optimizers[n_first:], strict=True))
         losses = []
         for name, loss in self._losses(batch):
             named[name].zero_grad()
@@ -278,28 +300,31 @@ class KernelAttentionAggregator(LightningModule):
         self.train_loss.update(joined.mean(), batch["mask"].any(1).sum())  # padding rows are no rows
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
 
-    @property
-    def _optimised(self) -> list[str]:
-        return ([*self.pretraining] if self.encoder_epochs else []) + self.learned
-
     def _losses(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Losses of all that is trained now, one by one, so that one graph at a time is held."""
         if self._is_pretraining:
             for name in self.pretraining:
-                network, objective = self._pretrained(name), self._objective(name)
-                encoded = network.encode_last(batch) if objective.needs == "last" else network.encode_steps(batch)
-                yield name, objective(encoded, batch)
+                yield name, self._objective(name)(self._represented(name, batch), batch)
             return
         # Branches of a frozen encoder ask the same: it is looked up once.
         frozen = None if self.model.tune else self._looked_up(self.learned[0], batch)
+        devices = [self.device] if self.device.type == "cuda" else []
         for name in self.learned:
-            query, context, asked = frozen or self._looked_up(name, batch)
-            yield name, self.model.branch(name).loss(query, context, asked)
+            # Branches draw noise from one stream, which a control must not move.
+            with torch.random.fork_rng(devices=devices, enabled=name == "wide"):
+                query, context, asked = frozen or self._looked_up(name, batch)
+                loss = self._branch(name).loss(query, context, asked)
+            yield name, loss
+
+    def _represented(self, name: str, batch: Mapping[str, Tensor]) -> Tensor:
+        """What an encoder in pre-training gives its objective."""
+        network = self._pretrained(name)
+        return network.encode_last(batch) if self._objective(name).needs == "last" else network.encode_steps(batch)
 
     def _looked_up(self, name: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, Context | None, Asked]:
         asked = Asked.by(self._objective(name), batch, self.max_context_queries)
         with torch.set_grad_enabled(self.model.tune and torch.is_grad_enabled()):
-            query = asked.states(self.model.encoder_of(name))
+            query = asked.states(self._pretrained(name) if name == "wide" else self.model.encoder_of(name))
         bank = self.contexts.bank(name)
         if bank is None:
             return query, None, asked
@@ -310,9 +335,28 @@ class KernelAttentionAggregator(LightningModule):
         assert network is not None
         return network
 
-    def _objective(self, name: str) -> EventObjective:
-        found: Any = self.pretraining[name] if name in self.pretraining else self.model.branch(name).objective
+    def _branch(self, name: str) -> Branch:
+        """A branch of the model, or that of the wider encoder."""
+        found = self.wide_branch if name == "wide" else self.model.branch(name)
+        assert found is not None
         return found
+
+    def _objective(self, name: str) -> EventObjective:
+        """Of what is trained now."""
+        found: Any = self.pretraining[name] if self._is_pretraining else self._branch(name).objective
+        return found
+
+    def on_validation_start(self) -> None:
+        """Have contexts of a checkpoint where the model is: in a validation by itself nobody else moves them."""
+        self.contexts.to(self.device)
+
+    def on_test_start(self) -> None:
+        """As :meth:`on_validation_start`."""
+        self.contexts.to(self.device)
+
+    def on_predict_start(self) -> None:
+        """As :meth:`on_validation_start`."""
+        self.contexts.to(self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss of what is being trained on sequences of validation.
@@ -322,20 +366,25 @@ class KernelAttentionAggregator(LightningModule):
         """
         if self.trainer.sanity_checking:
             return
-        found = from_first(lambda: self._validation_losses(batch))
+        found, recalls = from_first(lambda: self._validated(batch))
         losses = {name: value.to(self.device) for name, value in found.items()}  # where they are summed up
         loss = losses.pop("encoder") if self._is_pretraining else torch.stack(list(losses.values())).mean()
         # The same in all processes: what is synchronised is equal.
         self.log("val/loss", loss, prog_bar=True, batch_size=1, sync_dist=True)
         self.log_dict({f"val/{name}/loss": value for name, value in losses.items()}, batch_size=1, sync_dist=True)
+        for name, recall in recalls.items():
+            self.log("val/recall" if name == "encoder" else f"val/{name}/recall", recall, batch_size=1, sync_dist=True)
         if self._is_pretraining and self.trainer.state.fn == TrainerFn.FITTING:
             for name, value in {"encoder": loss, **losses}.items():
                 if float(value) < self._best.get(name, (float("inf"), {}))[0]:
                     weights = self._pretrained(name).state_dict()
                     self._best[name] = float(value), {key: one.detach().clone() for key, one in weights.items()}
 
-    def _validation_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """By what is trained now; computed once, since processes that disagree in a digit might choose differently."""
+    def _validated(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Losses by what is trained now, and recalls of encoders that tell users by their slices.
+
+        Computed once, since processes that disagree in a digit might choose differently.
+        """
         longest = [one.max_length for one in (self.model.encoder, self.wide) if one is not None and one.max_length]
         sequences = validation_sequences(
             batch,
@@ -344,8 +393,10 @@ class KernelAttentionAggregator(LightningModule):
             max_users=self.evaluation.max_validation_users,
             supervised=self.evaluation.supervised,
         )
-        losses = self._losses({key: value.to(self.device) for key, value in sequences.items()})
-        return {name: loss.cpu() for name, loss in losses}
+        sequences = {key: value.to(self.device) for key, value in sequences.items()}
+        losses = {name: loss.cpu() for name, loss in self._losses(sequences)}
+        told = [name for name in losses if self._is_pretraining and isinstance(self._objective(name), CoLES)]
+        return losses, {name: recall_at(self._represented(name, sequences), sequences["users"]) for name in told}
 
     def on_train_epoch_end(self) -> None:
         """Go back to the best epoch when encoders are done, before a checkpoint is written; see how banks drifted."""
@@ -407,7 +458,8 @@ class KernelAttentionAggregator(LightningModule):
 
     def _encoded(self, events: Events, context_users: Tensor | None) -> Encoded:
         everybody = torch.arange(len(events["offsets"]) - 1)
-        return Encoded(self.model, events, everybody if context_users is None else context_users)
+        users = everybody if context_users is None else context_users
+        return Encoded(self.model, events, users, self.contexts.bank_encoder)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> ContextStudy | None:  # type: ignore[override]
         """Probe every target with and without context; the report callback reads what is returned.
@@ -416,7 +468,8 @@ class KernelAttentionAggregator(LightningModule):
             The study; None in all processes but the first.
         """
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        return kept_by_first(lambda: evaluate(self.model, batch, self.evaluation, wide=self.wide, seed=seed))
+        settings: dict[str, Any] = {"wide": self.wide, "bank_encoder": self.contexts.bank_encoder, "seed": seed}
+        return kept_by_first(lambda: evaluate(self.model, batch, self.evaluation, **settings))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Embeddings | None:
         """Embeddings at the test queries of the first target, with own state, context and who influenced it most.
@@ -424,7 +477,8 @@ class KernelAttentionAggregator(LightningModule):
         Returns:
             Them; None in all processes but the first.
         """
-        return kept_by_first(lambda: exported(self.model, batch, self.evaluation))
+        bank_encoder = self.contexts.bank_encoder
+        return kept_by_first(lambda: exported(self.model, batch, self.evaluation, bank_encoder=bank_encoder))
 
     # Checkpoints
 
@@ -446,15 +500,15 @@ class KernelAttentionAggregator(LightningModule):
         self._best = dict(checkpoint["best_encoders"])
 
     def configure_optimizers(self) -> Any:
-        """One optimiser for each encoder that is pre-trained and each branch that learns."""
+        """One optimiser for each encoder that is pre-trained, then one for each branch that learns."""
         found = []
-        for name in self._optimised:
-            if name in self.pretraining:
-                params = [*self._pretrained(name).parameters(), *self.pretraining[name].parameters()]
-                found.append(self.encoder_optimizer(params))
-            else:
-                params = [p for p in self.model.branch(name).parameters() if p.requires_grad]
-                found.append(self.aggregator_optimizer(params))
+        for name in self.pretraining if self.encoder_epochs else ():
+            params = [*self._pretrained(name).parameters(), *self.pretraining[name].parameters()]
+            found.append(self.encoder_optimizer(params))
+        for name in self.learned:
+            trained: list[nn.Module] = [self._branch(name), *([self._pretrained(name)] if name == "wide" else [])]
+            params = [one for module in trained for one in module.parameters() if one.requires_grad]
+            found.append(self.aggregator_optimizer(params))
         return found
 
 

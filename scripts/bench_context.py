@@ -13,8 +13,8 @@ ratio is the median over rounds of time a query. Results are compared first and 
 floor is the time that the states and, for each query and row, mask, age and weight take to move once at the copying
 speed of this device.
 
-Then the exact mean and the linear kernel by prefix sums at width 64 while users grow, and what they keep in bytes over
-the bytes of the states: everything an answer reads, copies of times and order included. Beside them, what it costs to
+Then the exact mean and the linear kernel by prefix sums at width 64 while users grow, and what they hold in bytes over
+the bytes of the states: bank and sums, all but the user and the time of each event. Beside them, what it costs to
 read as many states at random places of the table as the exact mean reads a query, and nothing else: it grows as the
 table leaves the caches, for any method.
 """

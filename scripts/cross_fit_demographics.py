@@ -152,8 +152,9 @@ def pooled(repeats: list[list[dict[str, Any]]]) -> ContextStudy:
 def table(found: dict[str, Any]) -> Iterator[str]:
     """A row an arm: ROC-AUC, what it is over own history, its gain over the strictest control, and whether it helps.
 
-    Everybody is asked at one moment, so that a shuffled moment is the same one and the strictest control may be the arm
-    itself: the difference from own history, with its uncorrected interval, is what says how much could be seen.
+    Everybody is asked at one moment, so that there are no arms at shuffled ones: one that beats own history with and
+    without time features is not known to help ("-"). The difference from own history, with its uncorrected interval,
+    says how much could be seen.
     """
     targets = found["targets"]
     yield f"| arm | {' | '.join(f'{name}: ROC-AUC | over own | gain | helps' for name in targets)} |"
@@ -171,7 +172,7 @@ def table(found: dict[str, Any]) -> Iterator[str]:
                 interval(row["gains"]["own"]["roc_auc"], "+.4f"),
                 interval(row["judged"]["adjusted_interval"], "+.4f"),
             ]
-            cells.append("yes" if row["judged"]["helps"] else "no")
+            cells.append({True: "yes", False: "no", None: "-"}[row["judged"]["helps"]])
         yield f"| {arm} | {' | '.join(cells)} |"
     yield ""
     for name, target in targets.items():

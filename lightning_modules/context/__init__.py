@@ -24,6 +24,7 @@ from lightning_modules.context.evaluation import Embeddings, Evaluation, evaluat
 from lightning_modules.context.positive_features import LinearKernel
 from lightning_modules.context.probes import BestProbe, LightGBMProbe, LinearProbe, LogisticProbe
 from lightning_modules.context.refresh import Ema, EveryKSteps, Live, PerEpoch, Refresh, Static
+from lightning_modules.context.streaming import StreamingBank
 from lightning_modules.context.visible import Context
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "Refresh",
     "Residual",
     "Static",
+    "StreamingBank",
     "SymmetricAttention",
     "evaluate",
 ]

@@ -22,8 +22,12 @@ from lightning_modules.networks.series_network import require_at_least_one
 class AggregatorFactory(Protocol):
     """Builds an aggregator from the facts of the events; YAML gives it by ``class_path`` with every other argument."""
 
-    def __call__(self, *, d: int, median_gap: float) -> "Aggregator":
-        """The aggregator of states of width ``d``; ``median_gap`` in days is the time unit of a decay."""
+    def __call__(self, *, d: int, median_gap: float, published: bool = False) -> "Aggregator":
+        """The aggregator of states of width ``d``; ``median_gap`` in days is the time unit of a decay.
+
+        With ``published`` arguments that were not given are those of the released code; it is passed in
+        ``reference_mode`` alone.
+        """
         ...
 
 
@@ -39,6 +43,7 @@ class Aggregator(nn.Module, ABC):
     Args:
         d: Width of the states.
         median_gap: Days, the time unit of a decay; aggregators that have none take it from their factory and leave it.
+        published: Whether arguments that are None are those of the released code; left where there are none.
 
     Attributes:
         empty_flag: Whether a last column is 1 for queries without any visible row, else 0; off until it is set, by
@@ -48,7 +53,7 @@ class Aggregator(nn.Module, ABC):
         ValueError: If ``d`` is below 1 or ``median_gap`` is no positive number.
     """
 
-    def __init__(self, *, d: int, median_gap: float = 1.0) -> None:
+    def __init__(self, *, d: int, median_gap: float = 1.0, published: bool = False) -> None:
         require_at_least_one(d=d)
         if not 0 < median_gap < math.inf:
             raise ValueError(f"median_gap must be a positive number of days, got {median_gap}")
@@ -163,9 +168,10 @@ class SoftmaxAggregator(Aggregator):
         d: Width of the states.
         rank: r, width of the features.
         median_gap: See :class:`Aggregator`.
+        published: See :class:`Aggregator`.
         n_heads: H, divides ``rank`` and ``d``.
-        scale: Of the logits: a positive number, ``"sqrt"`` for sqrt(H / r), ``"learnable"`` to begin there. The
-            released code has 1.
+        scale: Of the logits: a positive number, ``"sqrt"`` for sqrt(H / r), ``"learnable"`` to begin there. None is
+            ``"sqrt"``, published 1.
         top_k: Rows with a logit below the k-th largest are left out; rows that tie with it stay. None keeps all.
         log_count: Correction for a context that is a sample: logits are multiplied by ln(n_t) / ln(log_count), which
             keeps attention as concentrated among n_t rows as among ``log_count``. None for no correction.
@@ -180,8 +186,9 @@ class SoftmaxAggregator(Aggregator):
         d: int,
         rank: int,
         median_gap: float = 1.0,
+        published: bool = False,
         n_heads: int = 1,
-        scale: float | Literal["sqrt", "learnable"] = "sqrt",
+        scale: float | Literal["sqrt", "learnable"] | None = None,
         top_k: int | None = None,
         log_count: int | None = None,
     ) -> None:
@@ -195,6 +202,8 @@ class SoftmaxAggregator(Aggregator):
         self.top_k = top_k
         self.log_count = log_count
         self.scale: float | None = None
+        if scale is None:
+            scale = 1.0 if published else "sqrt"
         match scale:
             case "learnable":
                 self.log_scale = nn.Parameter(torch.tensor(math.log(n_heads / rank) / 2))
@@ -260,7 +269,7 @@ class SoftmaxAggregator(Aggregator):
 class Attention(SoftmaxAggregator):
     """Dot-product attention, ``a = softmax(scale X q)``, without parameters.
 
-    As released: ``scale=1``. Arguments are those of :class:`SoftmaxAggregator`, with r = d.
+    Arguments are those of :class:`SoftmaxAggregator`, with r = d.
     """
 
     def __init__(
@@ -268,13 +277,21 @@ class Attention(SoftmaxAggregator):
         *,
         d: int,
         median_gap: float = 1.0,
+        published: bool = False,
         n_heads: int = 1,
-        scale: float | Literal["sqrt", "learnable"] = "sqrt",
+        scale: float | Literal["sqrt", "learnable"] | None = None,
         top_k: int | None = None,
         log_count: int | None = None,
     ) -> None:
         super().__init__(
-            d=d, rank=d, median_gap=median_gap, n_heads=n_heads, scale=scale, top_k=top_k, log_count=log_count
+            d=d,
+            rank=d,
+            median_gap=median_gap,
+            published=published,
+            n_heads=n_heads,
+            scale=scale,
+            top_k=top_k,
+            log_count=log_count,
         )
 
     def features(self, query: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,11 +302,11 @@ class Attention(SoftmaxAggregator):
 class LearnableAttention(SoftmaxAggregator):
     """Attention under a learned bilinear form, ``a = softmax(scale X A q)`` with A ``(d, d)``.
 
-    As released: ``scale=1, bias=True``. The bias is added to X A and so changes all logits of a query alike: it
-    cancels. Other arguments are those of :class:`SoftmaxAggregator`, with r = d.
+    A bias is added to X A and so changes all logits of a query alike: it cancels. Other arguments are those of
+    :class:`SoftmaxAggregator`, with r = d.
 
     Args:
-        bias: Whether the map of the states carries a bias ``(d,)``.
+        bias: Whether the map of the states carries a bias ``(d,)``. None is no, published yes.
     """
 
     def __init__(
@@ -297,17 +314,25 @@ class LearnableAttention(SoftmaxAggregator):
         *,
         d: int,
         median_gap: float = 1.0,
-        bias: bool = False,
+        published: bool = False,
+        bias: bool | None = None,
         n_heads: int = 1,
-        scale: float | Literal["sqrt", "learnable"] = "sqrt",
+        scale: float | Literal["sqrt", "learnable"] | None = None,
         top_k: int | None = None,
         log_count: int | None = None,
     ) -> None:
         super().__init__(
-            d=d, rank=d, median_gap=median_gap, n_heads=n_heads, scale=scale, top_k=top_k, log_count=log_count
+            d=d,
+            rank=d,
+            median_gap=median_gap,
+            published=published,
+            n_heads=n_heads,
+            scale=scale,
+            top_k=top_k,
+            log_count=log_count,
         )
         self.A = nn.Parameter(torch.empty(d, d))
-        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(d)) if (published if bias is None else bias) else None
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as nn.Linear
 
     def features(self, query: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,12 +346,12 @@ class LearnableAttention(SoftmaxAggregator):
 class SymmetricAttention(SoftmaxAggregator):
     """Attention under a learned semi-definite form, ``a = softmax(scale (X S^T)(S q))`` with S ``(r, d)``.
 
-    As released: ``scale=1, bias=True``. A bias does not cancel here: it adds a term of the row alone. Other arguments
-    are those of :class:`SoftmaxAggregator`.
+    A bias does not cancel here: it adds a term of the row alone. Other arguments are those of
+    :class:`SoftmaxAggregator`.
 
     Args:
         rank: r.
-        bias: Whether S carries a bias ``(r,)``.
+        bias: Whether S carries a bias ``(r,)``. None is no, published yes.
     """
 
     def __init__(
@@ -334,17 +359,25 @@ class SymmetricAttention(SoftmaxAggregator):
         *,
         d: int,
         median_gap: float = 1.0,
+        published: bool = False,
         rank: int = 100,
-        bias: bool = False,
+        bias: bool | None = None,
         n_heads: int = 1,
-        scale: float | Literal["sqrt", "learnable"] = "sqrt",
+        scale: float | Literal["sqrt", "learnable"] | None = None,
         top_k: int | None = None,
         log_count: int | None = None,
     ) -> None:
         super().__init__(
-            d=d, rank=rank, median_gap=median_gap, n_heads=n_heads, scale=scale, top_k=top_k, log_count=log_count
+            d=d,
+            rank=rank,
+            median_gap=median_gap,
+            published=published,
+            n_heads=n_heads,
+            scale=scale,
+            top_k=top_k,
+            log_count=log_count,
         )
-        self.S = Perceptron((d, rank), bias=bias)
+        self.S = Perceptron((d, rank), bias=published if bias is None else bias)
 
     def features(self, query: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """``S q`` and ``X S^T``."""
@@ -355,7 +388,7 @@ class KernelAttention(SoftmaxAggregator):
     """Nadaraya-Watson estimate under a learned positive definite kernel, ``a_i ~ exp(scale <phi(X_i), phi(q)>)``.
 
     phi: d -> hidden -> r, a ReLU between layers and none after the last; the same parameters for rows and query.
-    As released: ``scale=1``. Other arguments are those of :class:`SoftmaxAggregator`.
+    Other arguments are those of :class:`SoftmaxAggregator`.
 
     Args:
         rank: r.
@@ -368,16 +401,24 @@ class KernelAttention(SoftmaxAggregator):
         *,
         d: int,
         median_gap: float = 1.0,
+        published: bool = False,
         rank: int = 100,
         hidden: Sequence[int] = (100,),
         bias: bool = True,
         n_heads: int = 1,
-        scale: float | Literal["sqrt", "learnable"] = "sqrt",
+        scale: float | Literal["sqrt", "learnable"] | None = None,
         top_k: int | None = None,
         log_count: int | None = None,
     ) -> None:
         super().__init__(
-            d=d, rank=rank, median_gap=median_gap, n_heads=n_heads, scale=scale, top_k=top_k, log_count=log_count
+            d=d,
+            rank=rank,
+            median_gap=median_gap,
+            published=published,
+            n_heads=n_heads,
+            scale=scale,
+            top_k=top_k,
+            log_count=log_count,
         )
         self.phi = Perceptron((d, *hidden, rank), bias=bias)
 

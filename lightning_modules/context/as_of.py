@@ -45,12 +45,12 @@ def drawn_context_users(users: Tensor, n: int | None, seed: int, draws: Tensor |
         users: Rows of users, each once.
         n: At least 1, or None for all.
         seed: Of both draws.
-        draws: ``(U,) float64`` for all users, -1 for those who were there, a number in [0, 1) for the others; None is
-            nobody later.
+        draws: ``(U,) float64``, or their bits as ``int64``, for all users: -1 for those who were there, a number in
+            [0, 1) for the others; None is nobody later.
     """
     if draws is None or n is None:
         return sample_context_users(users, n, seed)
-    later = draws.to(users.device)[users]
+    later = (draws.view(torch.float64) if draws.dtype == torch.int64 else draws).to(users.device)[users]
     known = users[later < 0]
     if not len(known):
         return sample_context_users(users, n, seed)

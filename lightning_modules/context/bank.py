@@ -21,8 +21,6 @@ from lightning_modules.context.visible import FOREVER, Context, Events, days
 CELL_BYTES = 40
 """Bytes that move for a query and a row beside the state: mask, age, weight and their intermediate results."""
 
-EVENT_COLUMNS = ("states", "times", "next_times", "users", "event_rows")
-
 
 def own_states(
     states: Tensor, events: Events, users: Tensor, times: Tensor, ties: Ties = "strict"
@@ -62,42 +60,47 @@ class ContextBank(nn.Module):
     over the checkpoint's sizes and rules, whatever the module held before. There are no labels in it.
 
     Rows are sorted by user, then time. A look-up is one ``searchsorted`` over the keys user_rank * (T + 1) +
-    time_rank, T distinct times, which cannot overflow where raw times would.
+    time_rank, T distinct times, which cannot overflow where raw times would. What only look-ups of rows read (the last
+    three attributes, 24 bytes an event) is made by the first of them: sums over all users do without.
 
     Attributes:
         states: ``(E_C, d) float``.
         times: ``(E_C,) int64``, t_e.
-        next_times: ``(E_C,) int64``, t_e^+: next row of the user, ``FOREVER`` for the last. Of several events of a
-            user at one moment only the last is ever visible, since the others have t_e^+ = t_e.
         users: ``(E_C,) int64``.
         event_rows: ``(E_C,) int64`` into the table of events.
         context_users: ``(n,) int64``, rising.
         offsets: ``(n + 1,) int64``: rows of the i-th context user.
         groups: ``(U,) int64`` groups of all users, empty unless groups are excluded.
+        words: ``(U,) int64`` words of all users' ids, empty unless states are drawn by them.
         visibility: The rules.
+        next_times: ``(E_C,) int64``, t_e^+: next row of the user, ``FOREVER`` for the last. Of several events of a
+            user at one moment only the last is ever visible, since the others have t_e^+ = t_e.
+        clock: ``(T,) int64``, rising.
+        keys: ``(E_C,) int64``, rising.
     """
 
     states: Tensor
     times: Tensor
-    next_times: Tensor
     users: Tensor
     event_rows: Tensor
     context_users: Tensor
     offsets: Tensor
     groups: Tensor
-    clock: Tensor
-    keys: Tensor
+    words: Tensor
+    _next_times: Tensor | None
+    _clock: Tensor | None
+    _keys: Tensor | None
 
     def __init__(self, visibility: Visibility | None = None) -> None:
         super().__init__()
         self.visibility = visibility or Visibility()
         empty = torch.zeros(0, dtype=torch.int64)
         self.register_buffer("states", torch.zeros(0, 0))
-        for name in (*EVENT_COLUMNS[1:], "context_users", "groups"):
+        for name in ("times", "users", "event_rows", "context_users", "groups", "words"):
             self.register_buffer(name, empty.clone())
         self.register_buffer("offsets", torch.zeros(1, dtype=torch.int64))
-        for name in ("clock", "keys"):  # follow from the others
-            self.register_buffer(name, empty.clone(), persistent=False)
+        for name in ("_next_times", "_clock", "_keys"):  # follow from the others
+            self.register_buffer(name, None, persistent=False)
 
     @classmethod
     def build(
@@ -122,7 +125,8 @@ class ContextBank(nn.Module):
 
         Args:
             states: ``(E, d) float``, state after each event; kept without gradient.
-            events: The table; ``times``, ``offsets`` and, to exclude groups, ``groups`` are read, nothing else.
+            events: The table; ``times``, ``offsets`` and, to exclude groups or to draw, ``groups`` or ``words`` are
+                read, nothing else.
             context_users: ``(n,) int64`` distinct rows of users, at least one.
             min_prefix: States after fewer events of the user are left out.
             stop: Events at or after it do not enter.
@@ -133,7 +137,8 @@ class ContextBank(nn.Module):
             exclude_group: A user does not see users of its group.
             max_context: Most states a query sees.
             policy: Which: the ``"recent"``-ly updated, or a ``"random"`` draw that depends on the query, the context
-                user and the seed alone.
+                user and the seed alone (of users, on their words; without any on row numbers, which move with
+                whoever is inserted into the table).
             drop_last_prefix: Leaves out the state after a user's last event before ``stop``, as the released code
                 does. Which event is the last is known later only: this does look ahead.
             seed: Of the random policy.
@@ -179,11 +184,9 @@ class ContextBank(nn.Module):
         bank.event_rows = ranges(first, counts)
         bank.users = ranked.repeat_interleave(counts)
         bank.times = times[bank.event_rows]
-        follows = torch.cat([bank.users[1:] == bank.users[:-1], bank.users.new_zeros(int(len(bank.users) > 0)).bool()])
-        bank.next_times = torch.where(follows, bank.times.roll(-1), FOREVER)
         bank.groups = events["groups"].clone() if exclude_group else bank.groups
+        bank.words = events["words"].clone() if visibility.is_random and "words" in events else bank.words
         bank.refresh(states)
-        bank._index()
         return bank
 
     @classmethod
@@ -197,10 +200,31 @@ class ContextBank(nn.Module):
         """Take over new states ``(E, d)`` of the same table of events."""
         self.states = states.detach().index_select(0, self.event_rows.to(states.device)).to(self.times.device)
 
-    def _index(self) -> None:
-        self.clock, ranks = torch.unique(self.times, return_inverse=True)
-        owners = torch.arange(len(self.context_users), device=ranks.device).repeat_interleave(self.offsets.diff())
-        self.keys = owners * (len(self.clock) + 1) + ranks
+    @property
+    def next_times(self) -> Tensor:
+        """t_e^+."""
+        if self._next_times is None:
+            last = self.users.new_zeros(int(len(self.users) > 0)).bool()
+            follows = torch.cat([self.users[1:] == self.users[:-1], last])
+            self._next_times = torch.where(follows, self.times.roll(-1), FOREVER)
+        return self._next_times
+
+    @property
+    def clock(self) -> Tensor:
+        """Distinct times."""
+        return self._searched()[0]
+
+    @property
+    def keys(self) -> Tensor:
+        """user_rank * (T + 1) + time_rank."""
+        return self._searched()[1]
+
+    def _searched(self) -> tuple[Tensor, Tensor]:
+        if self._clock is None or self._keys is None:
+            self._clock, ranks = torch.unique(self.times, return_inverse=True)
+            owners = torch.arange(len(self.context_users), device=ranks.device).repeat_interleave(self.offsets.diff())
+            self._keys = owners * (len(self._clock) + 1) + ranks
+        return self._clock, self._keys
 
     def get_extra_state(self) -> dict[str, Any]:
         """The rules, as plain values, for the checkpoint."""
@@ -211,12 +235,15 @@ class ContextBank(nn.Module):
         self.visibility = Visibility(**state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Older checkpoints hold next_times, which follow from the rest, and no words.
+        state_dict.pop(f"{prefix}next_times", None)
+        state_dict.setdefault(f"{prefix}words", self.words.new_zeros(0))
+        self._next_times = self._clock = self._keys = None
         for name, buffer in list(self.named_buffers(recurse=False)):
             stored = state_dict.get(prefix + name)
             if stored is not None:
                 setattr(self, name, torch.empty_like(stored, device=buffer.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._index()
 
     def rows_of(self, users: Tensor) -> Tensor:
         """``int64`` rows of the bank of context users ``users``, in their order."""
@@ -241,11 +268,12 @@ class ContextBank(nn.Module):
         Returns:
             ``(Q, n) int64`` rows, -1 where the user has none, and ``(Q, n) bool`` whether it has one.
         """
-        ranks = torch.searchsorted(self.clock, moments.contiguous(), right=self.visibility.inclusive)
+        clock, keys = self._searched()
+        ranks = torch.searchsorted(clock, moments.contiguous(), right=self.visibility.inclusive)
         # queries of one moment share the search
         ranks, place = torch.unique(ranks, return_inverse=True)
-        owners = torch.arange(self.n_users, device=ranks.device) * (len(self.clock) + 1)
-        rows = torch.searchsorted(self.keys, owners + ranks.unsqueeze(1)) - 1
+        owners = torch.arange(self.n_users, device=ranks.device) * (len(clock) + 1)
+        rows = torch.searchsorted(keys, owners + ranks.unsqueeze(1)) - 1
         exists = rows >= self.offsets[:-1]
         return torch.where(exists, rows, -1)[place], exists[place]
 
@@ -263,15 +291,16 @@ class ContextBank(nn.Module):
             states: ``(E_C, d)`` instead of those kept, with gradient where they have one.
 
         Raises:
-            ValueError: If shapes differ, the layout is unknown, or a user's group is not known.
+            ValueError: If shapes differ, the layout is unknown, or a user's group or word is not known.
         """
         if query_times.ndim != 1 or query_times.shape != query_users.shape:
             shapes = f"{tuple(query_times.shape)} and {tuple(query_users.shape)}"
             raise ValueError(f"query_times and query_users must both have shape (Q,), got {shapes}")
         if layout not in ("auto", "shared", "gathered"):
             raise ValueError(f"layout must be 'auto', 'shared' or 'gathered', got {layout!r}")
-        if self.visibility.exclude_group and len(query_users) and int(query_users.max()) >= len(self.groups):
-            raise ValueError(f"query users must be below {len(self.groups)}, got {int(query_users.max())}")
+        for known in (self.groups, self.words):
+            if len(known) and len(query_users) and int(query_users.max()) >= len(known):
+                raise ValueError(f"query users must be below {len(known)}, got {int(query_users.max())}")
         times, users = query_times.to(self.times.device), query_users.to(self.times.device)
         table = self.states if states is None else states
         if not len(self.times) or not len(times):
@@ -305,7 +334,7 @@ class ContextBank(nn.Module):
             seen = (start < moments) & (moments <= end)
         owners = self.users[rows]
         seen = self.visibility.allowed(seen, start, owners, times, users, self.groups)
-        best = self.visibility.best(seen, start, owners, times, users)
+        best = self.visibility.best(seen, start, owners, times, users, self.words)
         if best is not None:
             seen = seen & torch.zeros_like(seen).scatter(1, best, True)
         ages = torch.where(seen, days(times.unsqueeze(1) - start), 0)
@@ -316,7 +345,7 @@ class ContextBank(nn.Module):
         start = self.times[rows.clamp(min=0)]  # arbitrary where there is none
         owners = self.context_users.expand_as(rows)
         seen = self.visibility.allowed(exists, start, owners, times, users, self.groups)
-        best = self.visibility.best(seen, start, owners, times, users)
+        best = self.visibility.best(seen, start, owners, times, users, self.words)
         if best is not None:
             rows, start, owners, seen = (each.gather(1, best) for each in (rows, start, owners, seen))
         return gathered_context(table, rows, seen, torch.where(seen, days(times.unsqueeze(1) - start), 0), owners)

@@ -4,7 +4,7 @@ Q queries, n rows a query, d width; ages Delta = t - tau >= 0 and the time unit 
 intensity sums, over other sequences, influence times a kernel of time; here the states take the place of events:
 ``b = sum_i beta(X_i, q) kappa(Delta_i)``. Source: spec of arXiv 2502.10205, sections 4 and 4.1.
 
-The released code counts in seconds with theta = 1: ``theta=1 / 86400``.
+The released code counts in seconds with theta = 1: ``theta=1 / 86400``, which ``published`` takes where none is given.
 """
 
 import math
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from lightning_modules.context.aggregators import Aggregator, Attention, LearnableAttention, SoftmaxAggregator
 from lightning_modules.context.masked_rows import Perceptron, by_queries, bytes_of_weights, masked_softmax
 from lightning_modules.context.visible import Context
+
+SECOND = 1 / 86_400
+"""In days: the released time unit."""
 
 
 class Decay(nn.Module):
@@ -57,9 +60,11 @@ class Hawkes(Aggregator):
     Args:
         d: Width of the states.
         median_gap: Days, theta where none is given.
-        theta: Time unit in days; None for ``median_gap``.
+        published: See :class:`~lightning_modules.context.aggregators.Aggregator`.
+        theta: Time unit in days. None is ``median_gap``, published a second.
         learn_theta: Whether ln(theta) is learned.
-        normalise: ``"sum"``, as in the thesis, grows with the number of rows; ``"mean"``, as released, divides by it.
+        normalise: ``"sum"``, as in the thesis, grows with the number of rows; ``"mean"`` divides by it. None is
+            ``"sum"``, published, as in the released code, ``"mean"``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -70,15 +75,17 @@ class Hawkes(Aggregator):
         *,
         d: int,
         median_gap: float = 1.0,
+        published: bool = False,
         theta: float | None = None,
         learn_theta: bool = False,
-        normalise: Literal["sum", "mean"] = "sum",
+        normalise: Literal["sum", "mean"] | None = None,
     ) -> None:
         super().__init__(d=d, median_gap=median_gap)
-        if normalise not in ("sum", "mean"):
+        if normalise not in ("sum", "mean", None):
             raise ValueError(f"normalise must be 'sum' or 'mean', got {normalise!r}")
-        self.decay = Decay(median_gap if theta is None else theta, learn_theta=learn_theta)
-        self.normalise = normalise
+        unit = SECOND if published else median_gap
+        self.decay = Decay(unit if theta is None else theta, learn_theta=learn_theta)
+        self.normalise = normalise or ("mean" if published else "sum")
 
     def kappa(self, context: Context) -> Tensor:
         """Kernel of time at the age of each row ``(Q, n)``; what stands at invisible rows is not used."""
@@ -103,7 +110,7 @@ class Hawkes(Aggregator):
 class ExpHawkes(Hawkes):
     """Sum or mean of states under an exponential decay, ``b = sum_i X_i exp(-Delta_i / theta)``.
 
-    As released: ``theta=1 / 86400, normalise="mean"``. Arguments are those of :class:`Hawkes`.
+    Arguments are those of :class:`Hawkes`.
     """
 
 
@@ -112,11 +119,12 @@ class ExpLearnableHawkes(Hawkes):
 
     psi: 2d -> hidden -> d, a ReLU between layers. Its first layer is the sum of a map of X_i, taken once a distinct
     row, and one of q; its last is applied to the weighted sum over rows, as it is linear: nothing of width d is held
-    for a (query, row) pair. As released: ``theta=1 / 86400, normalise="mean"``; the thesis has ``hidden=[100]``.
+    for a (query, row) pair. The thesis has ``hidden=[100]``.
 
     Args:
         d: Width of the states.
         median_gap: Days, theta where none is given.
+        published: As in :class:`Hawkes`.
         theta: As in :class:`Hawkes`.
         learn_theta: As in :class:`Hawkes`.
         normalise: As in :class:`Hawkes`.
@@ -131,12 +139,20 @@ class ExpLearnableHawkes(Hawkes):
         *,
         d: int,
         median_gap: float = 1.0,
+        published: bool = False,
         theta: float | None = None,
         learn_theta: bool = False,
-        normalise: Literal["sum", "mean"] = "sum",
+        normalise: Literal["sum", "mean"] | None = None,
         hidden: Sequence[int] = (100, 100),
     ) -> None:
-        super().__init__(d=d, median_gap=median_gap, theta=theta, learn_theta=learn_theta, normalise=normalise)
+        super().__init__(
+            d=d,
+            median_gap=median_gap,
+            published=published,
+            theta=theta,
+            learn_theta=learn_theta,
+            normalise=normalise,
+        )
         if not hidden:
             raise ValueError("psi must have at least one hidden layer, got none")
         self.row_map = Perceptron((d, hidden[0]))
@@ -173,17 +189,18 @@ class LearnableHawkes(ExpLearnableHawkes):
     """Learned influence and learned kernel of time, ``b = sum_i psi([X_i; q]) kappa(Delta_i)``.
 
     kappa: 1 -> 10 -> 10 -> 1, a ReLU between layers, of any sign. It diverged as published, where its input is the
-    age itself; ``age="log"`` feeds ln(1 + Delta / theta) instead. As released: ``theta=1 / 86400, age="linear"``.
+    age itself; ``age="log"`` feeds ln(1 + Delta / theta) instead.
 
     Args:
         d: Width of the states.
         median_gap: Days, theta where none is given.
+        published: As in :class:`Hawkes`.
         theta: As in :class:`Hawkes`.
         learn_theta: As in :class:`Hawkes`.
         normalise: As in :class:`Hawkes`.
         hidden: As in :class:`ExpLearnableHawkes`.
         kappa_hidden: Widths of the hidden layers of kappa.
-        age: ``"log"``, or ``"linear"`` for Delta / theta.
+        age: ``"log"``, or ``"linear"`` for Delta / theta. None is ``"log"``, published ``"linear"``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -194,19 +211,26 @@ class LearnableHawkes(ExpLearnableHawkes):
         *,
         d: int,
         median_gap: float = 1.0,
+        published: bool = False,
         theta: float | None = None,
         learn_theta: bool = False,
-        normalise: Literal["sum", "mean"] = "sum",
+        normalise: Literal["sum", "mean"] | None = None,
         hidden: Sequence[int] = (100, 100),
         kappa_hidden: Sequence[int] = (10, 10),
-        age: Literal["log", "linear"] = "log",
+        age: Literal["log", "linear"] | None = None,
     ) -> None:
         super().__init__(
-            d=d, median_gap=median_gap, theta=theta, learn_theta=learn_theta, normalise=normalise, hidden=hidden
+            d=d,
+            median_gap=median_gap,
+            published=published,
+            theta=theta,
+            learn_theta=learn_theta,
+            normalise=normalise,
+            hidden=hidden,
         )
-        if age not in ("log", "linear"):
+        if age not in ("log", "linear", None):
             raise ValueError(f"age must be 'log' or 'linear', got {age!r}")
-        self.age = age
+        self.age = age or ("linear" if published else "log")
         self.kernel_of_time = Perceptron((1, *kappa_hidden, 1))
 
     def kappa(self, context: Context) -> Tensor:
@@ -256,10 +280,10 @@ def decayed_attention(
 class AttentionHawkes(Attention):
     """Attention times an exponential decay, ``b = sum_i a_i exp(-Delta_i / theta) X_i``, ``a = softmax(scale X q)``.
 
-    As released: ``scale=1, theta=1 / 86400``. Arguments are those of :class:`Attention` and the following.
+    Arguments are those of :class:`Attention` and the following.
 
     Args:
-        theta: Time unit in days; None for ``median_gap``.
+        theta: Time unit in days. None is ``median_gap``, published a second.
         learn_theta: Whether ln(theta) is learned.
         mode: As in :func:`decayed_attention`.
     """
@@ -269,17 +293,27 @@ class AttentionHawkes(Attention):
         *,
         d: int,
         median_gap: float = 1.0,
+        published: bool = False,
         theta: float | None = None,
         learn_theta: bool = False,
         mode: Literal["post", "post_renorm", "logit"] = "post",
         n_heads: int = 1,
-        scale: float | Literal["sqrt", "learnable"] = "sqrt",
+        scale: float | Literal["sqrt", "learnable"] | None = None,
         top_k: int | None = None,
         log_count: int | None = None,
     ) -> None:
         require_decay_mode(mode)
-        super().__init__(d=d, median_gap=median_gap, n_heads=n_heads, scale=scale, top_k=top_k, log_count=log_count)
-        self.decay = Decay(median_gap if theta is None else theta, learn_theta=learn_theta)
+        super().__init__(
+            d=d,
+            median_gap=median_gap,
+            published=published,
+            n_heads=n_heads,
+            scale=scale,
+            top_k=top_k,
+            log_count=log_count,
+        )
+        unit = SECOND if published else median_gap
+        self.decay = Decay(unit if theta is None else theta, learn_theta=learn_theta)
         self.mode = mode
 
     def attend(self, logits: Tensor, context: Context) -> Tensor:
@@ -290,8 +324,7 @@ class AttentionHawkes(Attention):
 class LearnableAttentionHawkes(LearnableAttention):
     """Learned attention times an exponential decay, as :class:`AttentionHawkes` with ``a = softmax(scale X A q)``.
 
-    As released: ``scale=1, bias=True, theta=1 / 86400``. Arguments are those of :class:`LearnableAttention` and of
-    :class:`AttentionHawkes`.
+    Arguments are those of :class:`LearnableAttention` and of :class:`AttentionHawkes`.
     """
 
     def __init__(
@@ -299,12 +332,13 @@ class LearnableAttentionHawkes(LearnableAttention):
         *,
         d: int,
         median_gap: float = 1.0,
+        published: bool = False,
         theta: float | None = None,
         learn_theta: bool = False,
         mode: Literal["post", "post_renorm", "logit"] = "post",
-        bias: bool = False,
+        bias: bool | None = None,
         n_heads: int = 1,
-        scale: float | Literal["sqrt", "learnable"] = "sqrt",
+        scale: float | Literal["sqrt", "learnable"] | None = None,
         top_k: int | None = None,
         log_count: int | None = None,
     ) -> None:
@@ -312,13 +346,15 @@ class LearnableAttentionHawkes(LearnableAttention):
         super().__init__(
             d=d,
             median_gap=median_gap,
+            published=published,
             bias=bias,
             n_heads=n_heads,
             scale=scale,
             top_k=top_k,
             log_count=log_count,
         )
-        self.decay = Decay(median_gap if theta is None else theta, learn_theta=learn_theta)
+        unit = SECOND if published else median_gap
+        self.decay = Decay(unit if theta is None else theta, learn_theta=learn_theta)
         self.mode = mode
 
     def attend(self, logits: Tensor, context: Context) -> Tensor:

@@ -5,7 +5,8 @@ arXiv 2502.10205, sections 3, 5 and 6.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -33,21 +34,25 @@ QUERIES_AT_A_TIME = 1024
 class ContextRules:
     """What counts as context at a moment (spec 3.2).
 
+    A rule that is None is settled by the model: as ours, or in ``reference_mode`` as the released code has it.
+
     Attributes:
         n_users: Users in the context, drawn once by ``seed``; None takes all. Split by time they are drawn of those who
             were there when training ended, and users who come later join at the same rate.
-        ties: ``"strict"``: events at the very moment of the query are not seen; ``"inclusive"``: they are.
-        include_self: Whether a user is context of itself.
+        ties: ``"strict"``, ours: events at the very moment of the query are not seen; ``"inclusive"``, published: they
+            are.
+        include_self: Whether a user is context of itself; ours no, published yes.
         exclude_group: Whether users of the query's own group are left out.
-        min_prefix: Least events of a user before it counts.
+        min_prefix: Least events of a user before it counts; ours 1, published 15.
         lag_days: States must be at least this old.
         max_age_days: States older than this are not seen; None sees all.
         max_rows: Most states a query sees, chosen by ``policy``; None sees all.
         policy: ``"recent"`` or ``"random"``.
-        drop_last_prefix: Leaves out the state after a user's last event, as the released code does.
-        window: Each state is encoded from the last ``window`` events only; None from all.
-        before_first: Vector where nothing is visible: ``"learned"`` begins at 0, where it stays if its branch has
-            nothing else to train (see ``Aggregator``); ``"random"`` is drawn and fixed.
+        drop_last_prefix: Leaves out the state after a user's last event; ours no, published yes.
+        window: States of others are encoded from their last ``window`` events only, own states from all in any case;
+            ours None for all, published 100.
+        before_first: Vector where nothing is visible: ``"learned"``, ours, begins at 0, where it stays if its branch
+            has nothing else to train (see ``Aggregator``); ``"random"``, published, is drawn and fixed.
         empty_flag: Whether context vectors have one more column, 1 where nothing is visible.
         seed: Of the draws.
 
@@ -56,17 +61,17 @@ class ContextRules:
     """
 
     n_users: int | None = 1000
-    ties: Literal["strict", "inclusive"] = "strict"
-    include_self: bool = False
+    ties: Literal["strict", "inclusive"] | None = None
+    include_self: bool | None = None
     exclude_group: bool = False
-    min_prefix: int = 1
+    min_prefix: int | None = None
     lag_days: float = 0.0
     max_age_days: float | None = None
     max_rows: int | None = None
     policy: Literal["recent", "random"] = "recent"
-    drop_last_prefix: bool = False
+    drop_last_prefix: bool | None = None
     window: int | None = None
-    before_first: Literal["learned", "random"] = "learned"
+    before_first: Literal["learned", "random"] | None = None
     empty_flag: bool = False
     seed: int = 0
 
@@ -75,7 +80,7 @@ class ContextRules:
         for name, number in (("n_users", self.n_users), ("max_rows", self.max_rows), ("window", self.window)):
             if number is not None and number < 1:
                 raise ValueError(f"context.{name} must be at least 1, or null for no limit, got {number}")
-        if self.min_prefix < 1:
+        if self.min_prefix is not None and self.min_prefix < 1:
             raise ValueError(f"context.min_prefix must be at least 1, got {self.min_prefix}")
         for name, days in (("lag_days", self.lag_days), ("max_age_days", self.max_age_days)):
             if days is not None and not 0 <= days < math.inf:
@@ -85,20 +90,25 @@ class ContextRules:
             ("policy", ("recent", "random")),
             ("before_first", ("learned", "random")),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"context.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+            given = getattr(self, name)
+            if given not in allowed and not (given is None and name in SETTLED):
+                raise ValueError(f"context.{name} must be one of {allowed}, got {given!r}")
 
-    def published(self) -> "ContextRules":
-        """The released behaviour, by flags alone: inclusive ties, self in, prefixes 15..T-1, window 100."""
-        return replace(
-            self,
-            ties="inclusive",
-            include_self=True,
-            min_prefix=15,
-            drop_last_prefix=True,
-            window=100,
-            before_first="random",
-        )
+    def settled(self, *, published: bool) -> "ContextRules":
+        """With ours, or what is published, in place of every rule that was not given."""
+        column = 1 if published else 0
+        return replace(self, **{name: both[column] for name, both in SETTLED.items() if getattr(self, name) is None})
+
+
+SETTLED: dict[str, tuple[Any, Any]] = {
+    "ties": ("strict", "inclusive"),
+    "include_self": (False, True),
+    "min_prefix": (1, 15),
+    "drop_last_prefix": (False, True),
+    "window": (None, 100),
+    "before_first": ("learned", "random"),
+}
+"""Rules that the released code has otherwise: ours and its own."""
 
 
 class Own(NamedTuple):
@@ -219,6 +229,7 @@ class EnrichedEncoder(nn.Module):
         rules: What counts as context.
         tune: Whether each branch trains its own copy of the encoder; a branch ``own`` without context is added, so
             that the baseline gets as many epochs.
+        published: Whether rules and arguments of aggregators that were not given are those of the released code.
 
     A branch begins at weights drawn by the seed of torch and its own name: whatever else is compared does not move it.
     With a frozen encoder it also ends at the same weights; a tuned one draws noise from the stream all branches share.
@@ -240,12 +251,13 @@ class EnrichedEncoder(nn.Module):
         median_gap: float,
         rules: ContextRules | None = None,
         tune: bool = False,
+        published: bool = False,
     ) -> None:
         wrong = next((name for name in aggregators if "." in name), None)
         if not aggregators or wrong is not None:
             raise ValueError(f"aggregators must be at least one, by names without '.', got {list(aggregators)}")
         arm_names(list(aggregators))  # which refuses those of controls
-        rules = rules or ContextRules()
+        rules = (rules or ContextRules()).settled(published=published)
         if encoder.max_length is not None and (rules.window or 0) > encoder.max_length:
             most = f"the encoder's max_length {encoder.max_length}"
             raise ValueError(f"context.window must be at most {most}, got {rules.window}")
@@ -254,14 +266,18 @@ class EnrichedEncoder(nn.Module):
         self.rules = rules
         self.tune = tune
         facts = {"vocabulary_sizes": vocabulary_sizes, "n_numeric": n_numeric}
+        # An aggregator of somebody else need not know the flag.
+        known: dict[str, Any] = {
+            "d": encoder.d_model,
+            "median_gap": median_gap,
+            **({"published": True} if published else {}),
+        }
         names = (["own"] if tune else []) + list(aggregators)
         self.branches = nn.ModuleDict()
-        seed = torch.initial_seed()
         for name in names:
             factory = aggregators.get(name)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed((seed + crc32(name.encode())) % 2**63)
-                aggregator = None if factory is None else factory(d=encoder.d_model, median_gap=median_gap)
+            with drawn_by_name(name):
+                aggregator = None if factory is None else factory(**known)
                 if aggregator is not None:
                     aggregator.empty_flag = rules.empty_flag
                 if aggregator is not None and rules.before_first == "random":
@@ -304,8 +320,11 @@ class EnrichedEncoder(nn.Module):
                 encoder.load_state_dict(self.encoder.state_dict())
 
     def encode(self, events: Events, name: str = "own") -> Tensor:
-        """``(E, d) float32`` states after every event, without gradient, on the device of the events."""
-        return encode_table(self.encoder_of(name), events, window=self.rules.window)
+        """``(E, d) float32`` states after every event, without gradient, on the device of the events.
+
+        They have read the user's whole history: with ``rules.window`` those of a bank are encoded otherwise.
+        """
+        return encode_table(self.encoder_of(name), events)
 
     def bank(self, states: Tensor, events: Events, context_users: Tensor, stop: int = FOREVER) -> ContextBank:
         """The context of events before ``stop`` of the users that the rules draw from ``context_users``.
@@ -313,21 +332,20 @@ class EnrichedEncoder(nn.Module):
         It lies on the device of the model: a table of all states may stay where there is more room.
         """
         rules = self.rules
+        settled: dict[str, Any] = {name: getattr(rules, name) for name in ("ties", "min_prefix", "drop_last_prefix")}
         bank = ContextBank.build(
             states,
             events,
             drawn_context_users(context_users, rules.n_users, rules.seed, events.get("draws")),
-            min_prefix=rules.min_prefix,
             stop=stop,
-            ties=rules.ties,
             lag_days=rules.lag_days,
             max_age_days=rules.max_age_days,
             exclude_self=not rules.include_self,
             exclude_group=rules.exclude_group,
             max_context=rules.max_rows,
             policy=rules.policy,
-            drop_last_prefix=rules.drop_last_prefix,
             seed=rules.seed,
+            **settled,
         )
         return bank.to(next(self.parameters()).device)
 
@@ -353,7 +371,8 @@ class EnrichedEncoder(nn.Module):
         """``(Q, d_out)`` context vectors of queries in any order.
 
         Queries are taken in order of time, so that those of a batch share what is visible. Mean and linear kernel
-        (``kind="elu"``) over all users come from sums over time, whose cost does not grow with the number of users.
+        (``kind="elu"``) over all users come from sums over time, whose cost does not grow with the number of users, but
+        for queries whose sums cannot tell.
         """
         aggregator = self.branch(name).aggregator
         assert aggregator is not None
@@ -362,22 +381,30 @@ class EnrichedEncoder(nn.Module):
         if unbounded and not self.rules.exclude_group and sums:
             with torch.autocast(bank.states.device.type, enabled=False):  # as an aggregator computes
                 return self._summed(aggregator, own, bank, users, times)
+        return self._read(aggregator, own, bank, users, times)
+
+    @staticmethod
+    def _read(aggregator: Aggregator, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
         found = own.new_zeros(len(own), aggregator.d_out)
         for rows in times.argsort(stable=True).split(QUERIES_AT_A_TIME):
             context = bank.context(times[rows], users[rows])
             found[rows] = aggregator(own[rows].to(context.states), context).to(found)
         return found
 
-    @staticmethod
-    def _summed(aggregator: Aggregator, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
+    @classmethod
+    def _summed(cls, aggregator: Aggregator, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
         query, times, users = own.to(bank.states), times.to(bank.times), users.to(bank.users)
-        if isinstance(aggregator, LinearKernel):
-            of_query = aggregator.log_features(query)
-            of_query = (of_query - of_query.amax(1, keepdim=True)).exp()  # a factor of the query cancels
-            found, counts = PrefixMoments.build(bank, aggregator.positive_features).lookup(of_query, times, users)
-        else:
+        if not isinstance(aggregator, LinearKernel):
             found, counts = PrefixMean.build(bank).mean(times, users)
-        return aggregator.or_empty(found.to(query), (counts > 0).unsqueeze(1)).to(own)
+            return aggregator.or_empty(found.to(query), (counts > 0).unsqueeze(1)).to(own)
+        of_query = aggregator.log_features(query)
+        of_query = (of_query - of_query.amax(1, keepdim=True)).exp()  # a factor of the query cancels
+        sums = PrefixMoments.build(bank, aggregator.positive_features)
+        found, counts, untold = sums.lookup(of_query, times, users)
+        found = aggregator.or_empty(found.to(query), (counts > 0).unsqueeze(1))
+        if untold.any():  # the rows are read in logarithms
+            found[untold] = cls._read(aggregator, query[untold], bank, users[untold], times[untold])
+        return found.to(own)
 
     def combined(self, name: str, own: Tensor, context: Tensor) -> Tensor:
         """``(Q, D)``, z = combination(q, b) of own states ``(Q, d)`` and context vectors ``(Q, d_out)`` of a branch.
@@ -389,6 +416,15 @@ class EnrichedEncoder(nn.Module):
         like = next(combination.parameters(), own)
         with torch.autocast(like.device.type, enabled=False):
             return combination(own.to(like), context.to(like)).to(own)
+
+
+@contextmanager
+def drawn_by_name(name: str) -> Iterator[None]:
+    """Random numbers of the seed of torch and of a name, and the stream as it was before afterwards."""
+    seed = torch.initial_seed()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((seed + crc32(name.encode())) % 2**63)
+        yield
 
 
 def moments(batch: Mapping[str, Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ Q queries, E events, d width of own states, k of a context vector, D of what a c
 arXiv 2502.10205, sections 8 and 11.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -45,6 +45,10 @@ where all are asked at one date its context is that of the arm that it is to con
 
 SAMPLE_OF_EMBEDDINGS = 2000
 """Queries in the map of the report."""
+
+
+BankEncoder = Callable[[str], EventEncoder]
+"""By the name of a branch what encodes its context."""
 
 
 @dataclass(frozen=True)
@@ -163,30 +167,34 @@ class Encoded:
         model: Fitted.
         events: Flat.
         context_users: ``(n,) int64`` users that others may see.
+        bank_encoder: What encodes the context of a branch; by default the branch's own encoder.
     """
 
-    def __init__(self, model: EnrichedEncoder, events: Events, context_users: Tensor) -> None:
+    def __init__(
+        self, model: EnrichedEncoder, events: Events, context_users: Tensor, bank_encoder: BankEncoder | None = None
+    ) -> None:
         self.model, self.events = model, events
         self._context_users = context_users
-        self._tables: dict[str, Tensor] = {}
-        self._banks: dict[str, ContextBank] = {}
+        self._bank_encoder = bank_encoder or model.encoder_of
+        self._tables: dict[EventEncoder, Tensor] = {}
+        self._banks: dict[EventEncoder, ContextBank] = {}
 
-    def _key(self, name: str) -> str:
-        return name if self.model.tune and name in self.model.branches else "own"
+    def _table(self, encoder: EventEncoder) -> Tensor:
+        if encoder not in self._tables:
+            self._tables[encoder] = encode_table(encoder, self.events)
+        return self._tables[encoder]
 
     def table(self, name: str) -> Tensor:
         """``(E, d)`` states of the encoder that a branch reads."""
-        key = self._key(name)
-        if key not in self._tables:
-            self._tables[key] = self.model.encode(self.events, key)
-        return self._tables[key]
+        return self._table(self.model.encoder_of(name))
 
     def bank(self, name: str) -> ContextBank:
         """The context of a branch."""
-        key = self._key(name)
-        if key not in self._banks:
-            self._banks[key] = self.model.bank(self.table(name), self.events, self._context_users)
-        return self._banks[key]
+        encoder, window = self._bank_encoder(name), self.model.rules.window
+        if encoder not in self._banks:
+            states = self._table(encoder) if window is None else encode_table(encoder, self.events, window=window)
+            self._banks[encoder] = self.model.bank(states, self.events, self._context_users)
+        return self._banks[encoder]
 
     def own(self, name: str, users: Tensor, times: Tensor) -> Own:
         """Own states at queries."""
@@ -215,6 +223,7 @@ def evaluate(
     evaluation: Evaluation,
     *,
     wide: EventEncoder | None = None,
+    bank_encoder: BankEncoder | None = None,
     seed: int = 0,
 ) -> ContextStudy:
     """Probe every target on every arm: own states, and z = combination(q, b) of the context that an arm is named after.
@@ -227,6 +236,7 @@ def evaluate(
         batch: The one batch of a test.
         evaluation: Probes and arms.
         wide: Parameter-matched encoder.
+        bank_encoder: As of :class:`Encoded`.
         seed: Of probes, permutations and noise.
 
     Raises:
@@ -237,8 +247,8 @@ def evaluate(
         raise ValueError("a test asks targets, the data has none (data.init_args.targets)")
     evaluation.check_targets(batch["queries"], (0, 1, 2))
     events: Events = batch["events"]
-    encoded = Encoded(model, events, batch["context_users"])
-    wide_table = None if wide is None else encode_table(wide, events, window=model.rules.window)
+    encoded = Encoded(model, events, batch["context_users"], bank_encoder)
+    wide_table = None if wide is None else encode_table(wide, events)
     targets = []
     for name, queries in tqdm(batch["queries"].items(), desc="targets", disable=None, leave=False):
         features, n_events, recency = _features(encoded, queries, evaluation, wide, wide_table, batch["split"], seed)
@@ -390,13 +400,20 @@ def _sample(
 
 
 @torch.no_grad()
-def exported(model: EnrichedEncoder, batch: Mapping[str, Any], evaluation: Evaluation) -> Embeddings:
+def exported(
+    model: EnrichedEncoder,
+    batch: Mapping[str, Any],
+    evaluation: Evaluation,
+    *,
+    bank_encoder: BankEncoder | None = None,
+) -> Embeddings:
     """Embeddings at the test queries of the first target.
 
     Args:
         model: Fitted.
         batch: The one batch of a prediction.
         evaluation: Says which aggregator.
+        bank_encoder: As of :class:`Encoded`.
 
     Raises:
         ValueError: If there are no targets, or ``evaluation`` names an aggregator that is not there.
@@ -407,7 +424,7 @@ def exported(model: EnrichedEncoder, batch: Mapping[str, Any], evaluation: Evalu
     name = evaluation.explained or _with_weights(model) or model.aggregators[0]
     target, queries = next(iter(batch["queries"].items()))
     tested = {key: queries[key][queries["fold"] == 2] for key in ("users", "times")}
-    encoded = Encoded(model, batch["events"], batch["context_users"])
+    encoded = Encoded(model, batch["events"], batch["context_users"], bank_encoder)
     own = encoded.own(name, tested["users"], tested["times"]).states
     context = encoded.context(name, own, tested["users"], tested["times"])
     attention = _attention(encoded, name, own, tested, evaluation.n_influencers)

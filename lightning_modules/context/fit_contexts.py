@@ -17,7 +17,7 @@ from lightning_modules.context.enriched import EnrichedEncoder
 from lightning_modules.context.fixed_sequences import gathered
 from lightning_modules.context.refresh import Ema, Live, Refresh, drift
 from lightning_modules.context.visible import FOREVER, Events
-from lightning_modules.networks import encode_table
+from lightning_modules.networks import EventEncoder, encode_table
 
 SHARED = "shared"
 """Name of the bank of a frozen encoder, which all branches read."""
@@ -70,6 +70,10 @@ class FitContexts:
         if self._model.rules.exclude_group and "groups" not in events:
             raise ValueError("context.exclude_group needs events with groups (data.init_args.group_column), got none")
         self._events, self._context_users, self._stop = events, context_users, stop
+        self.to(device)
+
+    def to(self, device: torch.device) -> None:
+        """Move banks and momentum encoders to the model, which does not own them."""
         for bank in self.banks.values():
             bank.to(device)
         for refresh in self.refreshes.values():
@@ -79,6 +83,12 @@ class FitContexts:
     def bank(self, name: str) -> ContextBank | None:
         """The context a branch is trained with; None for the branch that has none."""
         return self.banks.get(name if self._model.tune else SHARED)
+
+    def bank_encoder(self, name: str) -> EventEncoder:
+        """What encodes the context that a branch of the fitted model is asked with."""
+        refresh = self.refreshes[name if self._model.tune else SHARED]
+        found: Any = refresh.for_test(self._model.encoder, self._model.encoder_of(name))
+        return found
 
     def encode_due(self, epoch: int) -> None:
         """Encode anew, before a step, the banks whose policy asks for it."""
@@ -102,9 +112,10 @@ class FitContexts:
         refresh, bank = self.refreshes.get(name), self.bank(name)
         if not isinstance(refresh, Live) or bank is None or not torch.is_grad_enabled():
             return None
-        batch, place, rows = self._histories(bank, refresh.users(bank.context_users, self.steps))
-        if not len(rows):
+        users = _with_states(bank)
+        if not len(users):
             return None
+        batch, place, rows = self._histories(bank, refresh.users(users, self.steps))
         steps = self._model.encoder_of(name).encode_steps(batch)
         return bank.states.index_copy(0, rows, steps[batch["mask"]][place].to(bank.states))
 
@@ -116,7 +127,11 @@ class FitContexts:
         """1 - cosine of the states of each bank and of those its branch's encoder gives now, over some users."""
         found = {}
         for name, bank in self.banks.items():
-            users = sample_context_users(bank.context_users, DRIFT_USERS, 0)
+            users = _with_states(bank)
+            if not len(users):
+                found[name] = 0.0
+                continue
+            users = sample_context_users(users, DRIFT_USERS, 0)
             batch, place, rows = self._histories(bank, users)
             kept = batch["mask"]
             flat = {key: batch[key][kept] for key in ("categorical", "numeric", "times")}
@@ -126,15 +141,14 @@ class FitContexts:
         return found
 
     def _histories(self, bank: ContextBank, users: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Events of context users up to their last one in a bank: what lies behind is not in training.
+        """Events of context users with states up to their last one in a bank: what lies behind is not in training.
 
         Returns:
             Them as sequences, and for each row of the bank, the third, its place among the valid steps, the second.
         """
         ranks = torch.searchsorted(bank.context_users, users)
-        ranks = ranks[bank.offsets.diff()[ranks] > 0]
-        users = bank.context_users[ranks].cpu()
-        rows = bank.rows_of(bank.context_users[ranks])
+        rows = bank.rows_of(users)
+        users = users.cpu()
         starts = self._events["offsets"][users]
         stops = bank.event_rows[bank.offsets[ranks + 1] - 1].to(starts.device) + 1
         batch = {
@@ -177,3 +191,8 @@ class FitContexts:
             copy = self.refreshes[name].source(self._model.encoder_of(name))
             copy.load_state_dict(weights)
         self.steps = state["steps"]
+
+
+def _with_states(bank: ContextBank) -> Tensor:
+    """Context users with rows in a bank: of those drawn some come later, and a draw among all would depend on them."""
+    return bank.context_users[bank.offsets.diff() > 0]

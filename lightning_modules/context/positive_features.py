@@ -38,7 +38,7 @@ class LinearKernel(SoftmaxAggregator):
 
     Here, where the visible rows of a batch are given, the same number is computed from the weights
     ``f(X_i) . f(q)`` of each row, in the exponent so that no sum is 0; kept up to date by event (+ new - old), M and s
-    answer a query in O(r d) for any number of users, which :meth:`features` and :meth:`read` serve.
+    answer a query in O(r d) for any number of users, which :meth:`positive_features` and :meth:`read` serve.
 
     ``kind="elu"``: ``f(x) = elu(W x + c) + 1`` with W ``(r, d)`` learned, one map for rows and query.
     ``kind="random"``: ``f(x) = exp(w_k . y - |y|^2 / 2) / sqrt(r)`` with ``y = x / d^(1/4)`` and fixed normal w_k,
@@ -47,6 +47,7 @@ class LinearKernel(SoftmaxAggregator):
     Args:
         d: Width of the states.
         median_gap: See :class:`~lightning_modules.context.aggregators.Aggregator`.
+        published: Likewise; this one was not.
         rank: r.
         kind: ``"elu"`` or ``"random"``.
         top_k: As in :class:`~lightning_modules.context.aggregators.SoftmaxAggregator`; None where M and s are to
@@ -64,6 +65,7 @@ class LinearKernel(SoftmaxAggregator):
         *,
         d: int,
         median_gap: float = 1.0,
+        published: bool = False,
         rank: int = 100,
         kind: Literal["elu", "random"] = "elu",
         top_k: int | None = None,

@@ -24,6 +24,11 @@ from lightning_modules.context.rules import Visibility
 CHUNK_BYTES = 32 * 2**20
 """Memory for the float64 changes held at a time while sums are built."""
 
+LEAST_OF_SUM, LEAST_OF_HISTORY = 1024, 8
+"""Roundings of the sum before the query's own state is taken off, and of all that ever went in and out of it, that a
+weight must be above for an average under it to have three digits. A state's features are computed when it comes and
+again when it goes, in other company, where the last digit may be another; over a history such differences cancel."""
+
 
 class Timeline:
     """Events of a bank in order of time, and each user's own last state.
@@ -48,6 +53,7 @@ class Timeline:
         ):
             if hides:
                 raise ValueError(f"prefix sums hold all context users and cannot apply {name}, got a bank with it")
+        self.bank = bank
         self.visibility: Visibility = rules
         self.block = block
         self.states, self.times = bank.states, bank.times
@@ -62,9 +68,11 @@ class Timeline:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of everything an answer reads, the states included."""
-        held = (value for value in vars(self).values() if isinstance(value, Tensor))
-        return sum(value.numel() * value.element_size() for value in held)
+        """Bytes held beyond the raw events, which are the user and the time of each: the bank, its states, and sums."""
+        own = (value for value in vars(self).values() if isinstance(value, Tensor))
+        memory = [value.untyped_storage() for value in (*own, *self.bank.buffers())]
+        held = {one.data_ptr(): one.nbytes() for one in memory}  # what both read is held once
+        return sum(held.values()) - self.bank.users.nbytes - self.bank.times.nbytes
 
     def replaced(self, rows: Tensor) -> Tensor:
         """``int64`` rows of the states that those of ``rows`` replaced; fewer, since first events replace nothing."""
@@ -181,6 +189,9 @@ class PrefixMoments(Timeline):
     The features are read at build: after they change the sums are built anew. Gradients reach the query's features,
     not those of the states. Sums are accumulated in float64 and kept in the states' dtype.
 
+    Where features are so small that all of them round to 0, or so much smaller than those of the query's own state or
+    of states that were replaced that their sum is what rounding left, a sum cannot tell: such queries are named.
+
     Args:
         bank: The context.
         features: f, ``(m, d) -> (m, r)``, not negative.
@@ -195,14 +206,17 @@ class PrefixMoments(Timeline):
         d, n_blocks = self.states.shape[1], len(self.times) // self.block
         self.first_moments = self.states.new_zeros(n_blocks + 1, r)
         self.second_moments = self.states.new_zeros(n_blocks + 1, r, d)
+        self.passed = self.states.new_zeros(n_blocks + 1, r)  # features that went in or out
         s = torch.zeros(r, dtype=torch.float64, device=self.states.device)
+        passed = torch.zeros_like(s)
         m = torch.zeros(r, d, dtype=torch.float64, device=self.states.device)
         with torch.no_grad():
             for done in range(n_blocks):
                 states, weighted = self._changes(done * self.block, (done + 1) * self.block)
                 s += weighted.sum(0)
                 m += weighted.T @ states
-                self.first_moments[done + 1], self.second_moments[done + 1] = s, m
+                passed += weighted.abs().sum(0)
+                self.first_moments[done + 1], self.second_moments[done + 1], self.passed[done + 1] = s, m, passed
 
     @classmethod
     def build(
@@ -221,7 +235,7 @@ class PrefixMoments(Timeline):
         weighted[len(rows) :] *= -1
         return states.double(), weighted
 
-    def lookup(self, query_features: Tensor, query_times: Tensor, query_users: Tensor) -> tuple[Tensor, Tensor]:
+    def lookup(self, query_features: Tensor, query_times: Tensor, query_users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Average of all states that a query sees, weighted by f(X_i) . f(q).
 
         Args:
@@ -230,8 +244,8 @@ class PrefixMoments(Timeline):
             query_users: ``(Q,) int64``.
 
         Returns:
-            ``(Q, d)`` averages in the states' dtype, zeros where nobody is visible, and ``(Q,) int64`` numbers of
-            users.
+            ``(Q, d)`` averages in the states' dtype, zeros where nobody is visible and where the sums cannot tell;
+            ``(Q,) int64`` numbers of users; and ``(Q,) bool`` whether they cannot tell, so that rows must be read.
 
         Raises:
             ValueError: If shapes differ.
@@ -245,25 +259,28 @@ class PrefixMoments(Timeline):
         own, found = self.hidden(moments, query_users)
         counts = n_users - found.long()
         query = query_features.double()
-        above, below = self._totals(query, n_events)
+        above, below, passed = self._totals(query, n_events)
+        rounded = torch.maximum(LEAST_OF_SUM * below, LEAST_OF_HISTORY * passed)
         own_states = self.states.new_zeros(len(own), self.states.shape[1])
         own_states[found] = self.states[own[found]]
         with torch.no_grad():
             own_features = self.features(own_states).double()
         own_weight = torch.where(found, (own_features * query).sum(1), 0)
         above, below = above - own_weight.unsqueeze(1) * own_states.double(), below - own_weight
+        told = below > torch.finfo(self.first_moments.dtype).eps * rounded  # false where anything is NaN
+        averages = above / torch.where(told, below, 1).unsqueeze(1)
         seen = counts > 0
-        averages = above / torch.where(seen, below, 1).unsqueeze(1)
-        return torch.where(seen.unsqueeze(1), averages, 0).to(self.states.dtype), counts
+        return torch.where((seen & told).unsqueeze(1), averages, 0).to(self.states.dtype), counts, seen & ~told
 
-    def _totals(self, query: Tensor, n_events: Tensor) -> tuple[Tensor, Tensor]:
-        """``(Q, d)`` sums of f(X_i) . f(q) X_i and ``(Q,)`` sums of f(X_i) . f(q), float64.
+    def _totals(self, query: Tensor, n_events: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(Q, d)`` sums of f(X_i) . f(q) X_i, and ``(Q,)`` of f(X_i) . f(q) and of what came and went, float64.
 
         Queries with the same events behind them are replayed together, and only those: a state that one of them may
         not see never meets it.
         """
         by_events = n_events.argsort(stable=True)
         above, below = [query.new_zeros(0, self.states.shape[1])], [query.new_zeros(0)]
+        replayed = [query.new_zeros(0)]
         for queries in by_events.split(torch.unique(n_events, return_counts=True)[1].tolist()):
             stop = int(n_events[queries[0]])
             done = stop // self.block
@@ -274,5 +291,7 @@ class PrefixMoments(Timeline):
             b, weight = b + weights @ states, weight + weights.sum(1)
             above.append(b)
             below.append(weight)
+            replayed.append(torch.linalg.vector_norm(weights.detach(), ord=1, dim=1))
         place = by_events.argsort()
-        return torch.cat(above)[place], torch.cat(below)[place]
+        passed = (query.detach() * self.passed[n_events // self.block]).sum(1) + torch.cat(replayed)[place]
+        return torch.cat(above)[place], torch.cat(below)[place], passed

@@ -15,7 +15,7 @@ from lightning_modules.context.as_of import sample_context_users
 
 
 class Refresh:
-    """Static: the bank is filled before the first step and never again. Base of the other policies."""
+    """The bank is filled before the first step and never again. Base of the policies."""
 
     def __init__(self) -> None:
         self.last_step = -1
@@ -45,6 +45,15 @@ class Refresh:
         """The module whose states the bank holds."""
         return encoder
 
+    def for_test(self, pretrained: nn.Module, tuned: nn.Module) -> nn.Module:
+        """The module whose states a bank of the fitted model holds: as the aggregator knew them in training.
+
+        Args:
+            pretrained: What tuning began with.
+            tuned: What the branch ended with.
+        """
+        return tuned
+
     def follow(self, encoder: nn.Module) -> None:
         """Called after each step of the encoder."""
 
@@ -58,7 +67,11 @@ class Refresh:
 
 
 class Static(Refresh):
-    """Never anew."""
+    """Never anew, in a test neither: its bank is encoded by the pre-trained encoder too."""
+
+    def for_test(self, pretrained: nn.Module, tuned: nn.Module) -> nn.Module:
+        """What tuning began with."""
+        return pretrained
 
 
 class EveryKSteps(Refresh):
@@ -91,8 +104,8 @@ class PerEpoch(Refresh):
 class Ema(PerEpoch):
     """Anew each epoch, from a copy of the encoder that follows it slowly: theta' <- m theta' + (1 - m) theta.
 
-    The copy is ``momentum_encoder``, to be kept in the checkpoint by whoever trains; buffers, such as statistics of
-    batch normalisation, are copied.
+    The copy is ``momentum_encoder``, to be kept in the checkpoint by whoever trains: it encodes the bank of a test too.
+    Buffers, such as statistics of batch normalisation, are copied.
 
     Args:
         momentum: m, in 0..1.
@@ -114,6 +127,10 @@ class Ema(PerEpoch):
             self.momentum_encoder = deepcopy(encoder).requires_grad_(False)
         return self.momentum_encoder
 
+    def for_test(self, pretrained: nn.Module, tuned: nn.Module) -> nn.Module:
+        """The copy; before it began to follow, what it would begin with."""
+        return pretrained if self.momentum_encoder is None else self.momentum_encoder
+
     @torch.no_grad()
     def follow(self, encoder: nn.Module) -> None:
         """Move the copy towards the encoder."""
@@ -125,7 +142,7 @@ class Ema(PerEpoch):
 
 
 class Live(PerEpoch):
-    """Anew each epoch; besides, in each step the states of ``n_live`` users are encoded with gradient.
+    """Anew each epoch; besides, in each step the states of ``n_live`` users of the bank are encoded with gradient.
 
     Args:
         n_live: At least 1.
@@ -143,7 +160,12 @@ class Live(PerEpoch):
         self.seed = seed
 
     def users(self, context_users: Tensor, step: int) -> Tensor:
-        """``(min(n_live, n),) int64`` context users to encode in this step; a draw of the seed and the step alone."""
+        """``(min(n_live, n),) int64`` context users to encode in this step; a draw of the seed and the step alone.
+
+        Args:
+            context_users: ``(n,) int64``, those with states: among others the draw would depend on who comes later.
+            step: Steps taken so far.
+        """
         return sample_context_users(context_users, self.n_live, self.seed + step)
 
 

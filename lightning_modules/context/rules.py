@@ -44,7 +44,8 @@ class Visibility:
         exclude_group: States of users of u's group are hidden; group -1 is none.
         max_context: Most states a query sees; None for all.
         policy: Which ones: ``"recent"``, the most recently updated, the lower user first among equals; ``"random"``,
-            by a hash of (u, t, other user, seed), so that neither the batch nor later events change the draw.
+            by a hash of (u, t, other user, seed), so that neither the batch nor later events change the draw; users
+            stand in it by words of their ids where there are any, since row numbers move with whoever is inserted.
         seed: Of the hash.
 
     Raises:
@@ -107,15 +108,28 @@ class Visibility:
             seen = seen & ((own < 0) | (groups[owners] != own))
         return seen
 
-    def best(self, seen: Tensor, start: Tensor, owners: Tensor, times: Tensor, users: Tensor) -> Tensor | None:
-        """``(Q, max_context) int64`` columns to keep, seen ones first; None if all n fit. Arguments as above."""
+    @property
+    def is_random(self) -> bool:
+        """Whether what is seen is a random choice."""
+        return self.max_context is not None and self.policy == "random"
+
+    def best(
+        self, seen: Tensor, start: Tensor, owners: Tensor, times: Tensor, users: Tensor, words: Tensor
+    ) -> Tensor | None:
+        """``(Q, max_context) int64`` columns to keep, seen ones first; None if all n fit.
+
+        Arguments as above, and ``words (U,) int64``, empty for row numbers: read by the random policy alone.
+        """
         if self.max_context is None or seen.shape[1] <= self.max_context:
             return None
         if self.policy == "recent":
             priority = start.expand_as(seen)
         else:
-            of_query = _scrambled(_scrambled(times + _scrambled(torch.full_like(users, self.seed))) + users)
-            priority = _scrambled(of_query.unsqueeze(1) + owners)
+            own, others = users, owners
+            if len(words):  # somebody unknown (-1) has no word
+                own, others = torch.where(users >= 0, words[users.clamp(min=0)], -1), words[owners]
+            of_query = _scrambled(_scrambled(times + _scrambled(torch.full_like(users, self.seed))) + own)
+            priority = _scrambled(of_query.unsqueeze(1) + others)
         lowest = torch.iinfo(torch.int64).min
         # stable, so that equals come in the order of their users in either layout
         order = torch.where(seen, priority, lowest).argsort(dim=1, descending=True, stable=True)

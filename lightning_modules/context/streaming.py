@@ -4,6 +4,9 @@ E_C events so far, n context users, Q queries, d width, times in microseconds. S
 sections 3.1 and 13.10.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,10 @@ from lightning_modules.context.visible import Context, days
 class StreamingBank:
     """Answers at every event what a bank built anew from the events so far would answer.
 
+        bank = StreamingBank(context_users, d)
+        bank.append(user, time, state)             # as events arrive
+        aggregator(query, bank.context(times, users))
+
     Rows are kept in order of arrival, each with the user's row before; an event costs O(d), a query O(n) and one more
     step for every event that a user has had since the query's moment. Queries may lie in the past or in the future.
 
@@ -24,6 +31,7 @@ class StreamingBank:
         visibility: The rules.
         min_prefix: A user's states after fewer events are left out.
         groups: ``(U,) int64`` groups of all users, needed to exclude them.
+        words: ``(U,) int64`` random words of all users' ids, by which a random policy draws; None takes row numbers.
         dtype: Of the states.
 
     Raises:
@@ -38,6 +46,7 @@ class StreamingBank:
         visibility: Visibility | None = None,
         min_prefix: int = 1,
         groups: Tensor | None = None,
+        words: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.visibility = visibility or Visibility()
@@ -48,6 +57,7 @@ class StreamingBank:
         self.context_users = sample_context_users(context_users, None, 0)
         device = context_users.device
         self.groups = context_users.new_zeros(0) if groups is None else groups
+        self.words = context_users.new_zeros(0) if words is None else words
         self.min_prefix = min_prefix
         self.n_events = 0
         self.n_seen = torch.zeros_like(self.context_users)
@@ -100,6 +110,29 @@ class StreamingBank:
         self.last_rows[rank] = row
         self.n_events += 1
 
+    def to(self, device: torch.device | str) -> "StreamingBank":
+        """The bank itself, moved."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, without the room kept for events to come."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors |= {name: tensors[name][: self.n_events] for name in ("_states", "_times", "_earlier")}
+        plain = {"min_prefix": self.min_prefix, "n_events": self.n_events, "visibility": self.visibility.plain()}
+        return {name: value.clone() for name, value in tensors.items()} | plain
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "StreamingBank":
+        """The bank whose ``state_dict`` this is; appended to, it does not change the state."""
+        bank = cls(state["context_users"], state["_states"].shape[1])
+        for name, value in state.items():
+            setattr(bank, name, value.clone() if isinstance(value, Tensor) else value)
+        bank.visibility = Visibility(**state["visibility"])
+        return bank
+
     def _grow(self) -> None:
         """Twice the room, so that an event costs O(d) on average."""
         room = max(64, len(self._times))
@@ -130,7 +163,7 @@ class StreamingBank:
         start = self._times[rows.clamp(min=0)] if self.n_events else torch.zeros_like(rows)
         owners = self.context_users.expand_as(rows)
         seen = rules.allowed(rows >= 0, start, owners, query_times, query_users, self.groups)
-        best = rules.best(seen, start, owners, query_times, query_users)
+        best = rules.best(seen, start, owners, query_times, query_users, self.words)
         if best is not None:
             rows, start, owners, seen = (each.gather(1, best) for each in (rows, start, owners, seen))
         ages = torch.where(seen, days(query_times.unsqueeze(1) - start), 0)

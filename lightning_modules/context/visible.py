@@ -22,7 +22,9 @@ GATHERED_BYTES = 2**20
 Events = dict[str, Tensor]
 """Flat events: ``categorical (E, F) int64``, ``numeric (E, M) float32``, ``times (E,) int64`` microseconds, not
 decreasing within a user, ``offsets (U + 1,) int64``, and where users are grouped ``groups (U,) int64``, -1 for none;
-split by time ``draws (U,) float64``, -1 for users who were there when training ended, a number in [0, 1) for others."""
+split by time ``draws (U,) float64``, -1 for users who were there when training ended, a number in [0, 1) for others, or
+the same bits as ``int64``, which no precision of a trainer rounds; ``words (U,) int64``, random ones of the users' own
+ids, or none where row numbers may stand for them."""
 
 Queries = dict[str, Any]
 """Queries of a target: ``users (Q,)``, ``times (Q,)``, ``labels (Q,) int64``, ``fold (Q,) int8`` (0 train, 1

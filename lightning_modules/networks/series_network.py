@@ -114,8 +114,9 @@ def last_valid_step(mask: Tensor) -> Tensor:
 class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation of ``(B, D, T)`` features over valid steps alone.
 
-    In training, mean and variance of a feature are those of its valid steps; padded steps come out as 0. In
-    evaluation the map is affine and per step: padded steps are left for the caller to drop.
+    In training, mean and variance of a feature are those of its valid steps; padded steps come out as 0. A single valid
+    step has no variance and is mapped as in evaluation, where the map is affine and per step: padded steps are left for
+    the caller to drop.
     """
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -126,7 +127,10 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         valid = by_step[mask]
         if not len(valid):  # of several processes one may have padding alone, which has no mean
             return torch.zeros_like(features)
-        normalised = super().forward(valid)
+        if len(valid) == 1:
+            normalised = F.batch_norm(valid, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        else:
+            normalised = super().forward(valid)
         return torch.zeros_like(by_step).masked_scatter(mask.unsqueeze(-1), normalised).transpose(1, 2)
 
 

@@ -183,9 +183,12 @@ def test_the_published_preset(seqlit, config, tmp_path):
         status, _, err = seqlit(command, "--config", path)
         assert status == 0, err
     run = tmp_path / "runs" / "kernel_attention_published" / "version_0"
-    rules = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["contexts"]["banks"]["shared"][
-        "_extra_state"
-    ]
+    saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    rules = saved["contexts"]["banks"]["shared"]["_extra_state"]
+    thetas = [one for name, one in saved["state_dict"].items() if name.endswith("decay.fixed_theta")]
+    assert len(thetas) == 3
+    assert torch.equal(torch.stack(thetas), torch.full((3,), 1 / 86_400)), "a second"
+    assert "model.branches.symmetric_attention.aggregator.S.layers.0.bias" in saved["state_dict"]
     assert rules["ties"] == "inclusive"
     assert rules["exclude_self"] is False
     assert rules["max_context"] == 500

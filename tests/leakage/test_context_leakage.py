@@ -152,12 +152,12 @@ def test_a_bank_holds_states_times_and_identities_and_no_label(table):
     assert set(bank.state_dict()) == {
         "states",
         "times",
-        "next_times",
         "users",
         "event_rows",
         "context_users",
         "offsets",
         "groups",
+        "words",
         "_extra_state",
     }
     bare = ContextBank.build(states, events, torch.arange(N_CONTEXT))

@@ -21,9 +21,11 @@ from lightning_modules.context import (
     ExpHawkes,
     KernelAttention,
     LinearKernel,
+    Live,
     LogisticProbe,
     Max,
     Mean,
+    fit_contexts,
 )
 from lightning_modules.context.audit_edits import keep
 from lightning_modules.losses import NextEvent
@@ -264,7 +266,8 @@ def test_a_fit_does_not_depend_by_a_bit_on_events_of_the_test(folder, tmp_path):
         assert torch.equal(bank.states, other.contexts.banks[name].states)
 
 
-def test_whom_a_context_draws_does_not_depend_on_who_comes_later(folder, tmp_path):
+@pytest.mark.parametrize("rules", [{"n_users": 12}, {"n_users": 12, "max_rows": 3, "policy": "random"}])
+def test_whom_a_context_draws_does_not_depend_on_who_comes_later(folder, tmp_path, rules):
     """Fits, and embeddings of the same queries, of a file with users who come after T1 and T2 and of one cut off there.
 
     The names of later users lie before and between those of others, so that all are numbered anew.
@@ -281,7 +284,7 @@ def test_whom_a_context_draws_does_not_depend_on_who_comes_later(folder, tmp_pat
     for name, table in (("whole", whole), ("cut", whole.filter(time < cut))):
         path = tmp_path / f"{name}.parquet"
         table.write_parquet(path)
-        module, data, _ = fitted(folder, paths=str(path), context=ContextRules(n_users=12, seed=3), **BY_TIME)
+        module, data, _ = fitted(folder, paths=str(path), context=ContextRules(seed=3, **rules), **BY_TIME)
         full = data.test_dataloader().dataset[0]
         bank = module.model.bank(module.model.encode(full["events"]), full["events"], full["context_users"])
         drawn = [full["user_ids"][user] for user in bank.context_users.tolist()]
@@ -308,6 +311,62 @@ def test_whom_a_context_draws_does_not_depend_on_who_comes_later(folder, tmp_pat
     assert max(time for _, time in common) > T2
     for name in common:
         torch.testing.assert_close(embedded[name], again[name], **close)
+
+
+def with_newcomers(events, stop):
+    """Events before ``stop``, with somebody new after every third user, who has four events from then on.
+
+    Returns them, and the old number of each user, -1 for the new ones.
+    """
+    known = keep(events, events["times"] < stop)
+    everybody = torch.stack([torch.arange(N_USERS), torch.full((N_USERS,), -1)], 1)
+    everybody = everybody[(everybody >= 0) | (torch.arange(N_USERS) % 3 == 0).unsqueeze(1)]
+    parts = []
+    for user in everybody.tolist():
+        rows = slice(*known["offsets"][user : user + 2].tolist()) if user >= 0 else slice(4)
+        part = {name: known[name][rows] for name in ("categorical", "numeric", "times")}
+        parts.append(part if user >= 0 else part | {"times": stop + torch.arange(4)})
+    table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    counts = torch.tensor([len(part["times"]) for part in parts])
+    draws = torch.where(everybody >= 0, -1.0, torch.arange(len(everybody)) / len(everybody)).double()
+    return table | {"offsets": torch.cat([counts.new_zeros(1), counts.cumsum(0)]), "draws": draws}, everybody
+
+
+@pytest.mark.parametrize("n_users", [12, None])
+def test_live_states_and_drift_are_of_the_same_users_whoever_comes_later(batch, n_users, monkeypatch):
+    """Later users lie between the others; to the bank of training they have no event."""
+    monkeypatch.setattr(fit_contexts, "DRIFT_USERS", 4)
+    events = batch["events"]
+    stop, found = int(events["times"].sort().values[400]), []
+    for newcomers in (False, True):
+        known = keep(events, events["times"] < stop), torch.arange(N_USERS)
+        table, numbers = with_newcomers(events, stop) if newcomers else known
+        module = module_of(
+            aggregators={"mean": Mean}, tune_encoder=True, refresh=Live(4), context=ContextRules(n_users=n_users)
+        )
+        contexts, encoder = module.contexts, module.model.encoder_of("mean")
+        contexts.read(table, torch.arange(len(numbers)), stop, torch.device("cpu"))
+        contexts.encode_due(0)
+        drawn = numbers[contexts.bank("mean").context_users]
+        assert bool((drawn < 0).any()) == newcomers, "of those who come later some are in the context"
+        live, encode = [], encoder.encode_steps
+
+        def watched(one, live=live, numbers=numbers, encode=encode):
+            live.append(numbers[one["users"]].tolist())
+            return encode(one)
+
+        encoder.encode_steps = watched
+        for contexts.steps in range(5):
+            contexts.live_states("mean")
+        with torch.no_grad():
+            encoder.start.add_(1.0)
+        found.append((live, contexts.drifts()["mean"]))
+    (live, drifted), (live_too, drifted_too) = found
+    assert live == live_too
+    assert {len(users) for users in live} == {4}
+    assert len({tuple(users) for users in live}) > 1
+    assert drifted > 0
+    assert drifted == pytest.approx(drifted_too, rel=1e-4)  # float32 states in batches of other users
 
 
 def test_under_a_user_split_no_test_user_is_trained_on_or_in_the_validation(folder):

@@ -39,8 +39,9 @@ from lightning_modules.context import (
     SymmetricAttention,
 )
 from lightning_modules.context.data_state import require_absolute_times
+from lightning_modules.context.fixed_sequences import validation_sequences
 from lightning_modules.context.study import ContextStudy
-from lightning_modules.losses import CPC, CoLES, NextEvent, Supervised
+from lightning_modules.losses import CPC, CoLES, NextEvent, Supervised, recall_at
 from lightning_modules.networks import RecurrentEncoder, TransformerEncoder, encode_table
 
 pytestmark = [
@@ -378,6 +379,170 @@ def test_banks_of_tuned_encoders_are_encoded_when_the_policy_says_so(folder, pol
         assert not same(tuned, module.model.encoder.state_dict()), f"{name} did not move"
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_bank_of_a_test_is_encoded_as_the_aggregator_knew_it(folder, tmp_path, policy):
+    """By the pre-trained encoder, its slow copy or the tuned one, in a process that knows the checkpoint alone too."""
+    settings = {
+        "encoder_epochs": 1,
+        "aggregators": {"mean": Mean},
+        "tune_encoder": True,
+        "refresh": POLICIES[policy][0],
+        "aggregator_optimizer": partial(torch.optim.Adam, lr=1e-2),
+    }
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="best")
+    data = events_of(folder)
+    module, trainer = fitted(data, checkpoint, **settings)
+    batch = data.test_dataloader().dataset[0]
+    encoders = {"static": module.model.encoder}
+    if policy == "ema":
+        encoders["ema"] = module.contexts.refreshes["mean"].momentum_encoder
+    tuned = module.model.encoder_of("mean")
+    bank = module._encoded(batch["events"], batch["context_users"]).bank("mean")
+    states = encode_table(encoders.get(policy, tuned), batch["events"])
+    assert torch.equal(bank.states, states[bank.event_rows])
+    own = encode_table(tuned, batch["events"])
+    assert torch.equal(bank.states, own[bank.event_rows]) == (policy not in encoders)
+    if policy == "static":
+        trained_with = module.contexts.bank("mean")
+        assert torch.equal(bank.users, trained_with.users)
+        assert torch.equal(bank.times, trained_with.times)
+        # float32 in batches of other users
+        torch.testing.assert_close(bank.states, trained_with.states, rtol=0, atol=1e-6)
+    (found,) = trainer.predict(module, data)
+    seed_everything(99, verbose=False)
+    fresh = aggregator(events_of(folder), **settings)
+    (again,) = trainer_of(fresh, checkpoint).predict(
+        fresh, data, ckpt_path=str(tmp_path / "best.ckpt"), weights_only=True
+    )
+    assert torch.equal(found.context, again.context)
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_contexts_of_a_checkpoint_go_where_the_model_is(folder, tune):
+    """A validation, a test or a prediction by itself has no start of training that would move them."""
+    data = events_of(folder)
+    settings = {"tune_encoder": True, "refresh": Ema(0.5), "aggregators": {"mean": Mean}} if tune else {}
+    module, trainer = fitted(data, encoder_epochs=1, aggregator_epochs=1, **settings)
+    asked = []
+    module.contexts.to = asked.append
+    for command in (trainer.validate, trainer.test):
+        command(module, data, verbose=False)
+    trainer.predict(module, data)
+    assert asked == [module.device] * 3
+    del module.contexts.to
+    module.contexts.to(torch.device("meta"))
+    bank = module.contexts.bank("mean" if tune else "kernel")
+    assert {one.device.type for one in bank.buffers()} == {"meta"}
+    if tune:
+        copy = module.contexts.refreshes["mean"].momentum_encoder
+        assert {one.device.type for one in copy.state_dict().values()} == {"meta"}
+
+
+def test_the_wider_encoder_is_tuned_as_long_as_the_branches(folder):
+    """By an optimiser and with heads of its own, like the baseline."""
+    before, watch, steps = {}, Watch(), []
+
+    class Wide(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == pl_module.encoder_epochs - 1:
+                before.update({name: one.clone() for name, one in pl_module.wide.state_dict().items()})
+            steps.append([max((int(s["step"]) for s in o.state.values()), default=0) for o in trainer.optimizers])
+
+    data, kept = events_of(folder), []
+    wide = partial(RecurrentEncoder, d_model=16, d_embedding=4)
+    module, _ = fitted(data, Wide(), watch, wide_encoder=wide, tune_encoder=True, aggregator_epochs=3)
+    assert module.learned == ["own", "kernel", "wide"]
+    assert same(before, module._best["wide"][1]), "it begins at its best epoch"
+    assert steps[-1] == [6, 6, 9, 9, 9], "two encoders of two epochs, then three branches of three"
+    moved = {name for name, one in module.wide.state_dict().items() if not torch.equal(one, before[name])}
+    assert {name.split(".")[0] for name in moved} >= {"recurrent", "embedding"}
+    losses = [epoch["val/wide/loss"] for epoch in watch.val]
+    assert len(set(losses)) == 5
+
+    class Keep(Callback):
+        def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            kept.append(outputs)
+
+    trainer_of(module, Keep()).test(module, data, verbose=False)
+    assert "wide" in kept[0].targets[0].test
+
+    class Alone(Callback):
+        """Takes the wider encoder out of what is tuned."""
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == pl_module.encoder_epochs:
+                pl_module.learned.remove("wide")
+                pl_module.optimizers = lambda use_pl_optimizer, real=pl_module.optimizers: real(use_pl_optimizer)[:-1]
+
+    without, _ = fitted(data, Alone(), wide_encoder=wide, tune_encoder=True, aggregator_epochs=3)
+    assert same(module.model.state_dict(), without.model.state_dict()), "a control moves nobody else"
+    frozen, _ = fitted(data, wide_encoder=wide, aggregator_epochs=1)
+    assert frozen.wide_branch is None
+    assert frozen.learned == ["kernel"]
+
+
+def test_coles_is_watched_by_its_recall(folder):
+    watch = Watch()
+    data = events_of(folder, sampler=ColesSlices(2, 2, 12))
+    wide = partial(RecurrentEncoder, d_model=16, d_embedding=4)
+    module, _ = fitted(data, watch, encoder_objective=CoLES, encoder_epochs=1, aggregator_epochs=1, wide_encoder=wide)
+    first, last = watch.val
+    assert {name for name in first if "recall" in name} == {"val/recall", "val/wide/recall"}
+    sequences = validation_sequences(next(iter(data.val_dataloader())), module.pretraining["encoder"], max_users=512)
+    with torch.no_grad():
+        states = module.model.encoder.eval().encode_last(sequences)
+    assert first["val/recall"] == pytest.approx(recall_at(states, sequences["users"]), abs=1e-6)  # float32 when logged
+    assert last["val/recall"] == first["val/recall"], "while encoders are trained alone"
+
+
+def test_the_reference_mode_is_a_flag(folder):
+    data = events_of(folder)
+    tuned = aggregator(data, reference_mode=True, tune_encoder=True, aggregators={"kernel": KernelAttention})
+    assert isinstance(tuned._policy, Static)
+    assert isinstance(aggregator(data, tune_encoder=True)._policy, PerEpoch)
+    assert isinstance(aggregator(data, reference_mode=True, tune_encoder=True, refresh=Ema())._policy, Ema)
+    assert (tuned.model.branch("kernel").aggregator.scale, tuned.model.rules.window) == (1.0, 100)
+    given = aggregator(data, reference_mode=True, context=ContextRules(ties="strict", window=7))
+    assert (given.model.rules.ties, given.model.rules.window, given.model.rules.min_prefix) == ("strict", 7, 15)
+
+
+def test_a_window_leaves_the_own_history_whole(folder):
+    """What is exported of oneself, and what the wider encoder gives, is the state of everything that happened."""
+    data = events_of(folder)
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    queries, found = batch["queries"]["silent"], {}
+    for window in (None, 2):
+        seed_everything(1, verbose=False)
+        recorded = Recorded()
+        module = aggregator(
+            data,
+            context=ContextRules(window=window),
+            aggregators={"mean": Mean},
+            wide_encoder=partial(RecurrentEncoder, d_model=16, d_embedding=4),
+            evaluation=Evaluation(probe=recorded),
+        ).eval()
+        study = module.test_step(batch, 0)
+        arms = dict(zip(study.targets[0].test, recorded.train, strict=True))
+        found[window] = module.represent(batch["events"], queries["users"], queries["times"]), arms
+    (whole, arms), (cut, arms_cut) = found.values()
+    assert torch.equal(whole[:, :8], cut[:, :8])
+    assert not torch.equal(whole[:, 8:], cut[:, 8:]), "the context is cut"
+    assert all(torch.equal(arms[name], arms_cut[name]) for name in ("own", "wide"))
+    assert not torch.equal(arms["mean"], arms_cut["mean"])
+
+
+class Recorded:
+    """A probe that keeps what it was fitted on."""
+
+    def __init__(self):
+        self.train = []
+
+    def fit_predict(self, train, train_labels, validation, validation_labels, test, *, n_classes, seed):
+        self.train.append(train)
+        return tuple(torch.full((len(part), n_classes), 1 / n_classes).double() for part in (validation, test))
+
+
 def test_live_states_carry_a_gradient_into_the_encoder_and_are_those_of_its_training(folder):
     data = by_time(folder)
     module, _ = fitted(
@@ -386,7 +551,7 @@ def test_live_states_carry_a_gradient_into_the_encoder_and_are_those_of_its_trai
     bank, encoder = module.contexts.bank("mean"), module.model.encoder_of("mean").eval()
     encoder.zero_grad()
     states = module.contexts.live_states("mean")
-    users = Live(5).users(bank.context_users, module.contexts.steps)
+    users = Live(5).users(bank.users.unique(), module.contexts.steps)
     lived = torch.isin(bank.users, users)
     assert 0 < int(lived.sum()) < len(lived)
     assert torch.equal(states[~lived], bank.states[~lived])

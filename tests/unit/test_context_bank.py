@@ -109,6 +109,53 @@ def test_the_cap_keeps_the_recent_or_a_fixed_random_choice(layout):
     assert seen_rows(states, ask(random, 17, -1, layout)) == seen_rows(states, ask(random, 17, -1, "gathered"))
 
 
+@LAYOUTS
+def test_a_random_choice_by_words_of_ids_is_the_same_whoever_else_is_in_the_table(layout):
+    """Later users sort in before, between and behind the others: rows move, what a query sees does not."""
+    generator = torch.Generator().manual_seed(0)
+    n_users, place = 40, torch.tensor([0, 0, 3, 17, 17, 40])
+    words = torch.randint(-(2**62), 2**62, (n_users + len(place),), generator=generator)
+    kept = torch.ones(n_users + len(place), dtype=torch.bool)
+    kept[place + torch.arange(len(place))] = False
+    times = torch.where(kept, 0, 10**6)
+    states = torch.arange(len(kept)).float().unsqueeze(1)
+
+    def seen(there, time, asker):
+        events = {"times": times[there], "offsets": torch.arange(int(there.sum()) + 1), "words": words[there]}
+        bank = ContextBank.build(
+            states[there], events, torch.arange(int(there.sum())), max_context=5, policy="random", seed=2
+        )
+        row = int(there[:asker].sum()) if asker >= 0 else -1
+        return seen_states(ask(bank, time, row, layout))
+
+    askers = [-1, *kept.nonzero().squeeze(1).tolist()]
+    whole, cut = ([seen(there, 7, asker) for asker in askers] for there in (torch.ones_like(kept), kept))
+    assert whole == cut
+    assert len({tuple(map(tuple, draw)) for draw in cut}) > 30, "a draw a query"
+
+
+def test_words_are_kept_where_they_are_read_and_go_with_a_checkpoint():
+    states, events = table([1], [1], [1])
+    events["words"] = torch.tensor([5, -9, 3])
+    assert not len(ContextBank.build(states, events, torch.arange(3), policy="random").words), "nothing is drawn"
+    assert not len(ContextBank.build(states, events, torch.arange(3), max_context=1).words)
+    bank = ContextBank.build(states, events, torch.arange(3), max_context=1, policy="random")
+    assert torch.equal(ContextBank.from_state(bank.state_dict()).words, events["words"])
+    with pytest.raises(ValueError, match="query users must be below 3, got 3"):
+        ask(bank, 5, 3, "auto")
+
+
+def test_a_checkpoint_from_before_there_were_words_is_read():
+    """It kept what follows from the rest, too."""
+    states, events = table([1, 2], [2])
+    bank = ContextBank.build(states, events, torch.arange(2))
+    state = bank.state_dict()
+    del state["words"]
+    old = ContextBank.from_state(state | {"next_times": bank.next_times})
+    assert torch.equal(old.next_times, bank.next_times)
+    assert seen_states(ask(old, 3, -1, "shared")) == seen_states(ask(bank, 3, -1, "shared"))
+
+
 def test_prefixes_stop_and_the_published_off_by_one():
     states, events = table([1, 2, 3, 4], [2])
     users = torch.arange(2)
@@ -308,6 +355,7 @@ def test_those_who_come_later_are_drawn_at_the_same_rate_and_move_nobody():
     assert abs(len(later) - 250) < 56
     fewer = drawn_context_users(torch.arange(1500), 250, 7, draws)
     assert torch.equal(fewer, found[found < 1500])
+    assert torch.equal(drawn_context_users(everybody, 250, 7, draws.view(torch.int64)), found), "bit for bit"
     other = drawn_context_users(everybody, 250, 8, draws)
     assert not torch.equal(other[other >= 1000], later), "another seed lets others in"
     assert torch.equal(drawn_context_users(everybody, None, 7, draws), everybody)

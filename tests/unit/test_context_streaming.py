@@ -1,11 +1,15 @@
+import io
+
 import pytest
 import torch
 from torch import nn
 
+from lightning_modules.context import StreamingBank
 from lightning_modules.context.bank import ContextBank
 from lightning_modules.context.refresh import Ema, EveryKSteps, Live, PerEpoch, Static, drift
 from lightning_modules.context.rules import Visibility
-from lightning_modules.context.streaming import StreamingBank
+
+WORDS = torch.tensor([7, -3, 2**62, 11, -(2**61)])
 
 
 def stream(n_users=5, n_events=24, d=3, seed=0):
@@ -23,18 +27,27 @@ def rebuilt(users, times, states, n_users, **rules):
         "times": times[order],
         "offsets": torch.cat([torch.zeros(1).long(), counts.cumsum(0)]),
         "groups": torch.arange(n_users) % 2,
+        "words": WORDS,
     }
     return ContextBank.build(states[order], events, torch.tensor([0, 1, 3, 4]), **rules)
 
 
 @pytest.mark.parametrize("ties", ["strict", "inclusive"])
 @pytest.mark.parametrize(
-    "rules", [{}, {"lag": 2, "max_age": 6}, {"exclude_self": False, "exclude_group": True}, {"max_context": 2}]
+    "rules",
+    [
+        {},
+        {"lag": 2, "max_age": 6},
+        {"exclude_self": False, "exclude_group": True},
+        {"max_context": 2},
+        {"max_context": 2, "policy": "random", "seed": 3},
+    ],
 )
 def test_a_stream_answers_as_a_bank_built_anew_at_every_event(ties, rules):
     users, times, states = stream()
     visibility = Visibility(ties=ties, **rules)
-    bank = StreamingBank(torch.tensor([0, 1, 3, 4]), 3, visibility=visibility, min_prefix=2, groups=torch.arange(5) % 2)
+    users_of_context, groups = torch.tensor([0, 1, 3, 4]), torch.arange(5) % 2
+    bank = StreamingBank(users_of_context, 3, visibility=visibility, min_prefix=2, groups=groups, words=WORDS)
     plain = {name: value for name, value in rules.items() if name not in ("lag", "max_age")}
     plain |= {f"{name}_days": rules[name] / 86_400e6 for name in ("lag", "max_age") if name in rules}
     asked, askers = (
@@ -67,6 +80,34 @@ def test_a_stream_grows_and_refuses_to_go_back():
         StreamingBank(torch.tensor([0]), 2, visibility=Visibility(exclude_group=True))
     with pytest.raises(ValueError, match="min_prefix must be at least 1, got 0"):
         StreamingBank(torch.tensor([0]), 2, min_prefix=0)
+
+
+def test_a_saved_stream_goes_on_where_it_was_and_moves_whole():
+    users, times, states = stream()
+    rules = Visibility(max_context=2, policy="random", exclude_group=True)
+    bank = StreamingBank(
+        torch.tensor([0, 1, 3, 4]), 3, visibility=rules, min_prefix=2, groups=torch.arange(5) % 2, words=WORDS
+    )
+    asked, askers = torch.arange(18), torch.arange(18) % 5
+    for row in range(12):
+        bank.append(int(users[row]), int(times[row]), states[row])
+    file = io.BytesIO()
+    kept = bank.state_dict()
+    torch.save(kept, file)
+    file.seek(0)
+    loaded = StreamingBank.from_state(torch.load(file, weights_only=True))
+    assert len(kept["_times"]) == bank.n_events < len(bank._times), "room for events to come is not kept"
+    again = StreamingBank.from_state(kept)
+    for row in range(12, 24):
+        for one in (bank, loaded):
+            one.append(int(users[row]), int(times[row]), states[row])
+    before = again.context(asked, askers)
+    assert again.n_events < bank.n_events, "what goes on does not change what was saved"
+    one, other = bank.context(asked, askers), loaded.context(asked, askers)
+    for name in ("states", "rows", "visible", "ages", "users"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert not torch.equal(before.visible, one.visible)
+    assert {value.device.type for value in vars(bank.to("meta")).values() if torch.is_tensor(value)} == {"meta"}
 
 
 def due_steps(policy, n_epochs=3, steps_an_epoch=4):
@@ -109,6 +150,17 @@ def test_the_momentum_copy_follows_slowly():
     assert not any(parameter.requires_grad for parameter in copy.parameters())
     assert encoder.weight.requires_grad
     assert Static().source(encoder) is encoder
+
+
+def test_a_policy_says_whose_states_the_bank_of_a_test_holds():
+    pretrained, tuned = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert Static().for_test(pretrained, tuned) is pretrained
+    for policy in (EveryKSteps(3), PerEpoch(), Live(2)):
+        assert policy.for_test(pretrained, tuned) is tuned
+    slow = Ema()
+    assert slow.for_test(pretrained, tuned) is pretrained, "nothing was trained"
+    copy = slow.source(tuned)
+    assert slow.for_test(pretrained, tuned) is copy is not tuned
 
 
 def test_live_users_change_with_the_step_and_repeat_with_the_seed():

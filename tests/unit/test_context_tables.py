@@ -118,5 +118,11 @@ def test_predictions_out_of_fold_are_put_together_by_household(script):
     shown = list(cross.table(found))
     assert shown[2].startswith("| own | 1.000 [")
     assert "- age: 3 households, 1 of the rarest class, fewer than 50: underpowered" in shown[-2]
+    judged = [arm["judged"] for target in found["targets"].values() for arm in target["arms"].values() if arm["judged"]]
+    for answer, cell in ((None, "-"), (True, "yes"), (False, "no")):
+        for one in judged:
+            one["helps"] = answer
+        (row,) = [line for line in cross.table(found) if line.startswith("| mean |")]
+        assert [part.strip() for part in row.split("|")][5] == cell
     with pytest.raises(ValueError, match="repeat 1: 2 tests of 3 households, each must be tested once"):
         cross.pooled([first, second[:1]])

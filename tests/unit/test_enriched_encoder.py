@@ -9,25 +9,34 @@ from torch import nn
 from datamodules.synthetic_events import regime
 from lightning_modules.context import (
     Adding,
+    Attention,
+    AttentionHawkes,
     Concat,
     Context,
     ContextRules,
     EnrichedEncoder,
     ExpHawkes,
+    ExpLearnableHawkes,
     KernelAttention,
+    LearnableAttention,
+    LearnableAttentionHawkes,
+    LearnableHawkes,
     LinearKernel,
     Max,
     Mean,
+    SymmetricAttention,
 )
 from lightning_modules.context import enriched as module
 from lightning_modules.context.bank import ContextBank
 from lightning_modules.context.enriched import Asked, first_sequences, moments
+from lightning_modules.context.evaluation import Encoded
 from lightning_modules.losses import CoLES, NextEvent
 from lightning_modules.networks import EventEncoder, RecurrentEncoder
 from lightning_modules.networks.event_encoders import EventEmbedding
 
 DAY = 86_400_000_000
 FACTS = {"vocabulary_sizes": [14], "n_numeric": 1}
+SECOND = 1 / 86_400
 
 
 class LastEvent(EventEncoder):
@@ -208,6 +217,28 @@ def test_long_states_weigh_the_same_in_fit_and_in_test(events, kind):
     torch.testing.assert_close(found, trained_on, rtol=1e-4, atol=1e-4 * states.abs().max().item())
 
 
+@pytest.mark.parametrize("bias", [-60.0, -200.0, -1e4])
+def test_a_linear_kernel_whose_features_round_to_nothing_is_read_in_logarithms(events, bias):
+    """0 / 0 by sums over time, where training saw a weighted mean."""
+    everybody = torch.arange(len(events["offsets"]) - 1)
+    users, times = queries(events)
+    model = enriched({"linear": partial(LinearKernel, rank=4)}, rules=ContextRules(n_users=None, empty_flag=True))
+    aggregator = model.branch("linear").aggregator
+    with torch.no_grad():
+        aggregator.map.layers[0].bias.fill_(bias)
+        aggregator.map.layers[0].weight.mul_(0.1)
+        aggregator.empty_context.fill_(7.0)
+    states = model.encode(events)
+    bank, own = model.bank(states, events, everybody), model.own(states, events, users, times).states
+    found = model.contexts("linear", own, bank, users, times)
+    assert found.isfinite().all()
+    # float64 sums against float32 ones, of at most 20 states of size 14
+    torch.testing.assert_close(found, aggregator(own, bank.context(times, users)), rtol=1e-4, atol=1e-4)
+    nobody = found[:, -1] == 1
+    assert 0 < int(nobody.sum()) < len(users)
+    assert bool((found[nobody, :-1] == 7).all())
+
+
 def test_sums_over_time_are_in_full_precision_under_autocast(events):
     everybody = torch.arange(len(events["offsets"]) - 1)
     users, times = queries(events)
@@ -351,15 +382,94 @@ def test_weights_of_a_branch_do_not_depend_on_the_others():
     assert not torch.equal(first, second)
 
 
+OURS = {
+    "ties": "strict",
+    "include_self": False,
+    "min_prefix": 1,
+    "drop_last_prefix": False,
+    "window": None,
+    "before_first": "learned",
+}
+PUBLISHED = {
+    "ties": "inclusive",
+    "include_self": True,
+    "min_prefix": 15,
+    "drop_last_prefix": True,
+    "window": 100,
+    "before_first": "random",
+}
+
+
 def test_the_published_rules_are_flags_alone():
-    rules = ContextRules(n_users=300, max_rows=500).published()
-    assert (rules.n_users, rules.max_rows, rules.window, rules.min_prefix) == (300, 500, 100, 15)
-    assert (rules.ties, rules.include_self, rules.drop_last_prefix, rules.before_first) == (
-        "inclusive",
-        True,
-        True,
-        "random",
-    )
+    few = {"n_users": 300, "max_rows": 500}
+    for published, values in ((True, PUBLISHED), (False, OURS)):
+        assert ContextRules(**few).settled(published=published) == ContextRules(**few, **values)
+        assert enriched({"mean": Mean}, published=published).rules == ContextRules(**values)
+
+
+def test_a_rule_that_is_given_stands_even_where_it_is_ours():
+    given = ContextRules(**OURS | {"window": 7})
+    assert given.settled(published=True) == given
+
+
+RELEASED = {
+    "attention": (Attention, {"scale": 1.0}),
+    "learnable_attention": (LearnableAttention, {"scale": 1.0, "bias": True}),
+    "symmetric_attention": (partial(SymmetricAttention, rank=5), {"scale": 1.0, "bias": True}),
+    "kernel": (partial(KernelAttention, rank=5), {"scale": 1.0}),
+    "exp_hawkes": (ExpHawkes, {"theta": SECOND, "normalise": "mean"}),
+    "exp_learnable_hawkes": (ExpLearnableHawkes, {"theta": SECOND, "normalise": "mean"}),
+    "learnable_hawkes": (LearnableHawkes, {"theta": SECOND, "normalise": "mean", "age": "linear"}),
+    "attention_hawkes": (AttentionHawkes, {"scale": 1.0, "theta": SECOND}),
+    "learnable_attention_hawkes": (LearnableAttentionHawkes, {"scale": 1.0, "theta": SECOND, "bias": True}),
+}
+GIVEN = {"scale": 0.5, "theta": 3.0, "normalise": "sum", "bias": False, "age": "log"}
+
+
+def told(aggregator):
+    """Plain settings of an aggregator, and the sizes of its weights."""
+    plain = {name: value for name, value in vars(aggregator).items() if isinstance(value, float | int | str)}
+    theta = {"theta": float(aggregator.decay.theta)} if hasattr(aggregator, "decay") else {}
+    return plain | theta, {name: value.shape for name, value in aggregator.named_parameters()}
+
+
+def test_published_aggregators_take_what_is_not_given_from_the_released_code(events):
+    """By the flag alone as by hand, weights included; what is given stands; without the flag nothing moves."""
+    factories = {name: factory for name, (factory, _) in RELEASED.items()} | {"mean": Mean, "linear": LinearKernel}
+    by_hand = {name: partial(factory, **released) for name, (factory, released) in RELEASED.items()}
+    torch.manual_seed(0)
+    found, expected = (enriched(one, published=True) for one in (factories, by_hand | {"mean": Mean}))
+    for name, (factory, released) in RELEASED.items():
+        one, other = (model.branch(name).aggregator for model in (found, expected))
+        assert told(one) == told(other), name
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items()), name
+        given = {argument: GIVEN[argument] for argument in released}
+        kept = enriched({name: partial(factory, **given)}, published=True).branch(name).aggregator
+        assert told(kept) == told(enriched({name: partial(factory, **given)}).branch(name).aggregator), name
+        assert told(kept) != told(one), name
+    kernel, decayed = (enriched(factories).branch(name).aggregator for name in ("kernel", "exp_hawkes"))
+    assert (kernel.scale, float(decayed.decay.theta), decayed.normalise) == (5**-0.5, 1.5, "sum")
+
+
+def test_a_window_cuts_the_states_of_others_and_never_the_own_history(events):
+    """The state of a sum over all events: of others the last three, of oneself all."""
+
+    class Sum(LastEvent):
+        def advance(self, batch, memory):
+            read = torch.cat([batch["categorical"].float(), batch["numeric"]], -1).cumsum(1)
+            return read.masked_fill(~batch["mask"].unsqueeze(-1), 0.0), memory
+
+    model = enriched({"mean": Mean}, Sum(), rules=ContextRules(window=3))
+    user = int(events["offsets"].diff().argmax())
+    rows = slice(int(events["offsets"][user]), int(events["offsets"][user + 1]))
+    whole = torch.cat([events["categorical"][rows].float(), events["numeric"][rows]], 1)
+    asked = torch.tensor([user]), events["times"][rows][-1:] + 1
+    encoded = Encoded(model, events, torch.arange(len(events["offsets"]) - 1))
+    # float32 sums of some forty numbers of size 14 in another order
+    torch.testing.assert_close(encoded.own("mean", *asked).states[0], whole.sum(0), rtol=1e-5, atol=1e-5)
+    bank = encoded.bank("mean")
+    torch.testing.assert_close(bank.states[bank.users == user][-1], whole[-3:].sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.encode(events)[rows][-1:], encoded.own("mean", *asked).states)
 
 
 def test_a_bank_follows_every_rule(events):
@@ -377,7 +487,9 @@ def test_a_bank_follows_every_rule(events):
     model = enriched({"mean": Mean}, rules=rules)
     states, users = model.encode(events), torch.arange(len(events["offsets"]) - 1)
     stop = int(events["times"].median())
-    bank = model.bank(states, events, users, stop)
+    words = torch.arange(len(users)).flip(0) * 7
+    bank = model.bank(states, events | {"words": words}, users, stop)
+    assert torch.equal(bank.words, words)
     assert bank.visibility.plain() == {
         "ties": "inclusive",
         "lag": DAY // 2,

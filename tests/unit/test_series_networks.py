@@ -170,6 +170,22 @@ def test_masked_batch_norm_takes_its_statistics_from_valid_steps():
     torch.testing.assert_close(norm.running_var, plain.running_var)
 
 
+def test_masked_batch_norm_maps_a_single_valid_step_as_in_evaluation():
+    """It has no variance: torch refuses a batch of one."""
+    norm = MaskedBatchNorm(3)
+    norm(torch.randn(4, 3, 10) + 2, lengths_mask([10, 4, 7, 1], 10))
+    nn.init.normal_(norm.weight)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    features, mask = torch.randn(2, 3, 5, requires_grad=True), lengths_mask([0, 1], 5)
+    found = norm(features, mask)
+    expected = norm.eval()(features)
+    assert torch.equal(found[1, :, 0], expected[1, :, 0])
+    assert not found.transpose(1, 2)[~mask].any()
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items()), "statistics stay"
+    found.sum().backward()
+    assert torch.equal(features.grad.transpose(1, 2).any(-1), mask)
+
+
 @pytest.mark.parametrize("residual_attention", [False, True])
 def test_encoder_layer_is_torch_attention_with_batch_norm(residual_attention):
     torch.manual_seed(2)
