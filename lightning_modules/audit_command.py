@@ -36,6 +36,13 @@ from lightning_modules.context.visible import Events
 from lightning_modules.run_folder import drafted, write_whole
 
 TEST_FOLD = 2
+OF_MODELS = ("ckpt_path", "target", "n_queries", "n_cuts", "n_users", "tolerance")
+"""Options that mean nothing without ``--config``."""
+OF_TABLES = (
+    *("table", "events", "user_column", "time_column", "embedding_column", "time_unit", "columns"),
+    *("truncated", "cut", "write_truncated", "implausible"),
+)
+"""Options that mean nothing with it."""
 
 
 class _Arguments(argparse.ArgumentParser):
@@ -69,7 +76,7 @@ def audit_main(arguments: list[str]) -> int:
     """
     parser = _parser()
     # The options of other commands have underscores; here both are understood.
-    known, rest = parser.parse_known_args([_underscored(one) for one in arguments])
+    known, rest = _parsed(parser, [_underscored(one) for one in arguments])
     if known.config is not None:
         return _finish(audit_model(known, rest), known.output)
     if rest:
@@ -78,8 +85,10 @@ def audit_main(arguments: list[str]) -> int:
         raise ValueError("audit: give --config, or --events with --table or --write_truncated")
     cut = None if known.cut is None else _microseconds(known.cut)
     if known.write_truncated is not None:
-        if cut is None or known.table is not None:
-            raise ValueError("audit: --write_truncated needs --events, --time_column and --cut, and no --table")
+        if cut is None or known.table is not None or known.truncated is not None:
+            raise ValueError(
+                "audit: --write_truncated needs --events, --time_column and --cut, and no --table or --truncated"
+            )
         write_truncated(Path(known.events), Path(known.write_truncated), known.time_column, known.time_unit, cut)
         return 0
     if known.table is None:
@@ -103,9 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--n_queries", type=int, default=128)
     parser.add_argument("--n_cuts", type=int, default=5, help="moments from which on events are changed")
     parser.add_argument("--n_users", type=int, default=300, help="users of context kept for the audit")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="of edits that keep shapes; 0: bit for bit")
     parser.add_argument(
-        "--resize_tolerance", type=float, default=1e-5, help="of edits that change shapes, of self, of tables"
+        "--tolerance", type=float, default=0.0, help="relative to the spread of a feature; 0: bit for bit"
+    )
+    parser.add_argument(
+        "--resize_tolerance", type=float, default=1e-5, help="where edits change shapes, of self, of tables"
     )
     parser.add_argument("--table", help="embeddings of another pipeline, CSV or Parquet")
     parser.add_argument("--events", help="the events it read, CSV or Parquet")
@@ -123,6 +134,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="write the findings here as JSON")
     return parser
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Known arguments and the others; known ones that this audit would pass over in silence are refused."""
+    default = object()
+    preset = argparse.Namespace(**dict.fromkeys(OF_MODELS + OF_TABLES, default))
+    known, rest = parser.parse_known_args(arguments, preset)
+    given = [name for name in OF_MODELS + OF_TABLES if getattr(known, name) is not default]
+    unread, mode = (OF_MODELS, "without") if known.config is None else (OF_TABLES, "with")
+    named = ", ".join(f"--{name}" for name in given if name in unread)
+    if named:
+        raise ValueError(f"audit: {named} cannot be used {mode} --config: a model or tables are audited, one at a time")
+    for name in set(OF_MODELS + OF_TABLES).difference(given):
+        setattr(known, name, parser.get_default(name))
+    return known, rest
 
 
 def _underscored(argument: str) -> str:

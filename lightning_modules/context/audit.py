@@ -8,14 +8,14 @@ Q queries, E events, U users, k features. Source: spec of arXiv 2502.10205, sect
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_modules.context import audit_edits as edits
-from lightning_modules.context.audit_findings import NOTHING, AuditFinding, Case, Change, changed
+from lightning_modules.context.audit_findings import NOTHING, AuditFinding, Case, Change, changed, gaps
 from lightning_modules.context.cross_fitting import cross_fitted_auc
 from lightning_modules.context.visible import FOREVER, Events
 
@@ -80,9 +80,10 @@ class Audit:
     Checks, by the names findings carry: ``future`` (events after a query, own or of others, change it), ``fitted
     statistics`` (they do so through means, deviations or vocabularies fitted on them), ``before the first event``
     (a query without any past reads some event, such as index -1), ``same moment`` (events at the very microsecond
-    of the query change it), ``self`` (own events change the context), ``labels``, ``batch`` (other queries of the
-    call change a query) and ``shuffled clock`` (never a leak: how well labels are told at a wrong moment). Events
-    strictly before a query count as known, by however little: whether they could be known in time is not asked.
+    of the query change it; with inclusive ties they may, and events at the next tick of the log are ``right after``),
+    ``self`` (own events change the context), ``labels``, ``batch`` (other queries of the call change a query) and
+    ``shuffled clock`` (never a leak: how well labels are told at a wrong moment). Events strictly before a query count
+    as known, by however little: whether they could be known in time is not asked.
 
     Args:
         represent: The pipeline; called about 5 times for each cut and 15 times more.
@@ -92,8 +93,8 @@ class Audit:
         n_queries: Most queries, drawn by ``seed``.
         n_cuts: Moments, drawn among those of the queries, from which on events are changed.
         n_users: Users whose own events are changed, one at a time.
-        tolerance: Greatest allowed change, relative to max(1, |feature|), where numbers of events and queries stay;
-            0 means bit for bit.
+        tolerance: Greatest allowed change where numbers of events and queries stay, relative to the spread of each
+            feature over the queries, and at least what float32 rounds; 0 means bit for bit.
         resize_tolerance: The same where these numbers change, and with them the order of float sums; also of ``self``,
             since a sum over all users from which the own state is taken off again keeps a rounding of it.
         prepared: Whether events come coded, normalised and labelled by what was fitted before. ``fitted statistics``
@@ -154,6 +155,7 @@ class Audit:
         if len(users) > self.n_queries:
             case = case.take(torch.randperm(len(users), generator=self._random)[: self.n_queries].sort().values)
         first = self._features(case)
+        case = replace(case, reference=first)
         twice = changed(first, self._features(case), 0.0, case)
         if twice:
             raise ValueError(
@@ -163,7 +165,7 @@ class Audit:
         future, statistics, moment = self._after(case)
         pooled = statistics.status == "leak"
         hidden = "statistics fitted ahead change with every edit: audit again without that leak"
-        early, same, own = "before the first event", "same moment", "self"
+        early, own = "before the first event", "self"
         if pooled or future.status == "leak":
             words = "a query that reads later events reads them before the first one too: audit again without that leak"
             first_finding = AuditFinding(early, "not checked", words=words)
@@ -174,7 +176,7 @@ class Audit:
             future,
             self._claimed(statistics),
             first_finding,
-            AuditFinding(same, "not checked", words=hidden) if pooled else self._same_moment(case, moment),
+            *self._planted_events(case, moment, hidden if pooled else None),
             AuditFinding(own, "not checked", words=hidden) if pooled else self._self(case),
             self._claimed(self._labels(case, first, tables)),
             self._batch(case, first),
@@ -212,18 +214,19 @@ class Audit:
         events, stop = case.events, self.train_stop
         base = self._features(case)
         moved = edits.retime(events, later, cut, stop, self._random)
-        rewritten = edits.rewrite(moved, later, self._random)
-        change = changed(base, self._features(case, rewritten), self.tolerance, case)
+        edited = [self._features(case, edits.rewrite(moved, later, self._random))]
+        change = changed(base, edited[0], self.tolerance, case)
         if not later.all():  # a pipeline need not know what to do with no event at all
-            change |= changed(base, self._features(case, edits.keep(events, ~later)), self.resize_tolerance, case)
+            edited.append(self._features(case, edits.keep(events, ~later)))
+            change |= changed(base, edited[1], self.resize_tolerance, case)
         if not change:
             poisoned = self._features(case, edits.poison(events, later))
             return _Evidence(nan=changed(base, poisoned, self.tolerance, case))
         if int(later.sum()) < 2:  # one event cannot be mixed with itself: other cuts tell what it is
             return _Evidence(unclear=change)
-        slack = max(self.tolerance, STATISTIC_SHARE * min(change.worst, 1.0))
-        for edited in (edits.mix(events, later, stop, self._random), moved):
-            if changed(base, self._features(case, edited), slack, case):
+        slack = _order_of_sums(base, edited)
+        for table in (edits.mix(events, later, stop, self._random), moved):
+            if changed(base, self._features(case, table), self.tolerance, case, slack):
                 return _Evidence(state=change)
         return _Evidence(statistics=change)
 
@@ -280,7 +283,7 @@ class Audit:
                 queries.append((torch.tensor([user]), int(events["times"][start])))
         found = Change()
         for users, time in queries:
-            alone = Case(events, users, torch.full_like(users, time), None, case.names)
+            alone = replace(case, users=users, times=torch.full_like(users, time), labels=None)
             evidence = self._edited(alone, time)
             found |= evidence.state | evidence.statistics | evidence.unclear
         if found:
@@ -289,29 +292,42 @@ class Audit:
         words = f"{len(someone)} users at their first event, and at the first of all: they read none"
         return AuditFinding("before the first event", "clean", 0.0, None, words)
 
-    def _same_moment(self, case: Case, found: Change) -> AuditFinding:
-        name, bites = "same moment", False
-        if self.ties == "inclusive":
-            return AuditFinding(name, "information", words="events at the moment of the query are declared as known")
-        moments = case.times.unique()
+    def _planted_events(self, case: Case, found: Change, hidden: str | None) -> list[AuditFinding]:
+        """``same moment``, and with inclusive ties ``right after``; ``hidden`` is why neither can be checked."""
+        strict = self.ties == "strict"
+        names = ["same moment"] if strict else ["same moment", "right after"]
+        if hidden is not None:
+            return [AuditFinding(name, "not checked", words=hidden) for name in names]
+        moments, bites = case.times.unique(), False
         for cut in moments[torch.randperm(len(moments), generator=self._random)[: self.n_cuts]].tolist():
             at = case.take((case.times == cut).nonzero().squeeze(1))
-            found |= changed(*self._planted(at, cut), self.tolerance, at)
-            bites |= bool(changed(*self._planted(at, cut - 1), self.tolerance, at))
+            # The first moment that must not matter, and the last that may.
+            ahead, known = (cut, cut - 1) if strict else (edits.next_tick(case.events, cut), cut)
+            found |= changed(*self._planted(at, ahead), self.tolerance, at)
+            bites |= bool(changed(*self._planted(at, known), self.tolerance, at))
+        if strict:
+            where, allowed = "at the moment of the query", "one microsecond earlier"
+            leak = "an event at the very microsecond of the query changes it: where it tells the label, so does the "
+            leak += "representation"
+        else:
+            where, allowed = "right after the query, at the next tick of the log", "at the moment of the query"
+            leak = f"an event {where}, changes it: the pipeline looks ahead"
         if found:
-            words = (
-                "an event at the very microsecond of the query changes it: where it tells the label, so does the "
-                "representation"
+            finding = AuditFinding(names[-1], "leak", found.worst, found.example, leak)
+        else:
+            words = f"an event that tells the label was planted for every user {where}: nothing changed; "
+            words += (
+                f"planted {allowed} it does change the query, so the test bites"
+                if bites
+                else f"planted {allowed} nothing changed either: the newest events do not matter here"
             )
-            return AuditFinding(name, "leak", found.worst, found.example, words)
-        words = "an event that tells the label was planted for every user at the moment of the query: nothing changed; "
-        words += (
-            "planted one microsecond earlier it does change the query, so the test bites"
-            if bites
-            else "planted one microsecond earlier nothing changed either: the newest events do not matter here"
-        )
-        words += "; what comes before a query counts as known, by however little"
-        return AuditFinding(name, "clean", 0.0, None, words)
+            words += "; what comes before a query counts as known, by however little" if strict else ""
+            finding = AuditFinding(names[-1], "clean", 0.0, None, words)
+        if strict:
+            return [finding]
+        words = "events at the moment of the query are declared as known: one planted there changes "
+        words += "it" if bites else "nothing, the newest events do not matter here"
+        return [AuditFinding(names[0], "information", words=words), finding]
 
     def _planted(self, case: Case, time: int) -> tuple[Tensor, Tensor]:
         """Features with an event that spells the label at ``time``, and with one that spells another."""
@@ -331,6 +347,8 @@ class Audit:
             return AuditFinding("self", "not checked", words=words)
         found, rounding, rows = Change(), Change(), edits.users_of_rows(case.events)
         slack = max(self.tolerance, self.resize_tolerance)
+        whole = self.context(case.events, case.events, case.users, case.times, case.times)
+        case = replace(case, reference=whole.detach().clone().cpu())
         someone = case.users.unique()
         someone = someone[torch.randperm(len(someone), generator=self._random)[: self.n_users]]
         for user in someone.tolist():
@@ -419,6 +437,21 @@ class Audit:
             f"{what} tell labels with ROC-AUC {elsewhere:.3f}, those of the right moment with {there:.3f}; {verdict}"
         )
         return AuditFinding(name, "information", words=words)
+
+
+def _order_of_sums(before: Tensor, edited: Sequence[Tensor]) -> Tensor:
+    """``(k,)``: changes that the order of float sums explains, by what edits change of features ``(Q, k)``.
+
+    ``STATISTIC_SHARE`` of the greatest change, both relative to the greatest number of a feature.
+    """
+    before = before.double()
+    most = before.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax(0)
+    share = 0.0
+    for after in edited:
+        change = gaps(before, after.double()).amax(0) if before.shape == after.shape else most
+        # A change beyond the feature itself, or to NaN, counts as large as the feature.
+        share = max(share, float((change / most.clamp(min=1e-300)).clamp(max=1).max()))
+    return STATISTIC_SHARE * share * most
 
 
 def _check(events: Events, users: Tensor, times: Tensor, labels: Tensor | None) -> None:

@@ -7,12 +7,13 @@ what lies before the edited rows stays bit by bit. Source: spec of arXiv 2502.10
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.context.visible import Events
+from lightning_modules.context.visible import MICROSECONDS_PER_DAY, Events
 
-PER_USER = ("offsets", "groups", "draws")
+PER_USER = ("offsets", "groups", "draws", "words")
 MICROSECONDS_PER_HOUR = 3_600_000_000
 
 
@@ -108,6 +109,17 @@ def plant(events: Events, time: int, category: int, number: float) -> Events:
         more = added.get(name, events[name].new_zeros(n_users, *events[name].shape[1:]))
         edited[name] = torch.cat([events[name], more])[order]
     return edited | {"offsets": events["offsets"] + torch.arange(n_users + 1)}
+
+
+def next_tick(events: Events, time: int) -> int:
+    """The first moment after ``time`` at which the log could hold an event, in microseconds.
+
+    Its clock ticks as often as all distances of its events allow, at least once a day: on a log of dates what comes
+    next comes the day after, and a pipeline may well take an earlier moment for the same day.
+    """
+    first = int(events["times"].min())
+    tick = int(np.gcd.reduce((events["times"] - first).numpy(), initial=MICROSECONDS_PER_DAY))
+    return first + ((time - first) // tick + 1) * tick
 
 
 def highest_ids(events: Events) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from lightning_modules.context.audit_table import EmbeddingTable, EventTable, Integers
+from lightning_modules.context.audit_outcomes import EmbeddingTable, EventTable, Integers
 
 MICROSECONDS = {"us": 1, "ms": 1000, "s": 1_000_000, "days": 86_400_000_000}
 MOST_VALUES = 8

@@ -284,12 +284,29 @@ def test_tables_that_are_refused(tmp_path, frame, message):
         (["--events", "e.csv", "--table", "t.txt"], r"t\.txt: must end in \.csv or \.parquet"),
         (["--ties", "loose"], "argument --ties: invalid choice"),
         (["--events", "e.csv", "--unheard", "1"], "unknown arguments: --unheard 1"),
+        (
+            ["--events", "e.csv", "--truncated", "t.csv", "--write-truncated", "o.csv", "--cut", "2011-01-01"],
+            "no --table or --truncated",
+        ),
+        (["--config", "c.yaml", "--cut", "2011-01-01"], "^audit: --cut cannot be used with --config: "),
+        (
+            ["--config", "c.yaml", "--events=e.csv", "--write-truncated", "o.csv", "--table", "t.csv"],
+            "^audit: --table, --events, --write_truncated cannot be used with --config: ",
+        ),
+        # Given, if only as they are by default.
+        (
+            ["--config", "c.yaml", "--user-column", "user", "--implausible", "0.5"],
+            "--user_column, --implausible cannot",
+        ),
+        (["--table", "t.csv", "--events", "e.csv", "--tolerance", "0"], "--tolerance cannot be used without --config"),
+        (["--target", "silent", "--ckpt_path", "x.ckpt"], "--ckpt_path, --target cannot be used without --config"),
     ],
 )
 def test_arguments_that_are_refused(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         audit_main(arguments)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_cut_outside_of_the_events(tmp_path):

@@ -187,8 +187,78 @@ def test_declared_inclusive_ties_may_see_the_moment(events, queries):
     pipeline = Pipeline("inclusive ties")
     findings = Audit(pipeline, context=pipeline.context, ties="inclusive").run(events, users, times, labels=labels)
     assert leaks_of(findings) == set()
+    found = {finding.name: finding for finding in findings}
+    assert found["same moment"].status == "information"
+    assert "declared as known: one planted there changes it" in found["same moment"].words
+    assert found["right after"].status == "clean"
+    assert (
+        "planted at the moment of the query it does change the query, so the test bites" in found["right after"].words
+    )
     ahead = Pipeline("next event in the bank")
-    assert "future" in leaks_of(Audit(ahead, ties="inclusive").run(events, users, times))
+    assert {"future", "right after"} <= leaks_of(Audit(ahead, ties="inclusive").run(events, users, times))
+    pooled = Audit(Pipeline("normaliser over everything"), ties="inclusive").run(events, users, times)
+    assert [one.name for one in pooled if one.words.startswith("statistics fitted ahead change with every edit")] == [
+        "same moment",
+        "right after",
+        "self",
+    ]
+
+
+@pytest.mark.parametrize("hours", [0, 1, 3, 6])
+def test_a_look_ahead_of_hours_is_caught_with_inclusive_ties(hours):
+    """Few queries read anything of it, one in 25 with 1 hour: a cut alone shows it in some audits and not in others."""
+    random = torch.Generator().manual_seed(0)
+    n_events, hour = 60, DAY // 24
+    times = (torch.rand(N_USERS, n_events, generator=random) * 60 * DAY).long().sort(1).values.flatten()
+    events = {
+        "categorical": torch.randint(2, 8, (len(times), 1), generator=random),
+        "numeric": torch.randn(len(times), 1, generator=random),
+        "times": times,
+        "offsets": torch.arange(N_USERS + 1) * n_events,
+    }
+
+    def represent(table, who, when):
+        """The last event until some hours after the query, once a user has five."""
+        found = torch.zeros(len(who), 2)
+        for row, (user, time) in enumerate(zip(who.tolist(), when.tolist(), strict=True)):
+            start, end = table["offsets"][user : user + 2].tolist()
+            last = start + int((table["times"][start:end] <= time + hours * hour).sum()) - 1
+            if last >= start + 4:
+                found[row] = torch.cat([table["categorical"][last], table["numeric"][last]])
+        return found
+
+    users = torch.randint(N_USERS, (100,), generator=random)
+    asked = (torch.rand(100, generator=random) * 60 * DAY).long()
+    for seed in range(4):
+        findings = Audit(represent, ties="inclusive", n_cuts=5, seed=seed).run(events, users, asked)
+        assert ("right after" in leaks_of(findings)) == (hours > 0), report(findings)
+        assert exit_code(findings) == (hours > 0)
+
+
+def test_the_day_of_a_query_may_be_read_to_its_end_on_a_log_of_dates(events, queries):
+    """Nothing comes between its events, so that what a microsecond later would tell is no look ahead."""
+    users, times, labels = queries
+
+    def represent(table, who, when):
+        return Pipeline("inclusive ties")(table | {"times": table["times"] // DAY}, who, when // DAY)
+
+    findings = Audit(represent, ties="inclusive").run(events, users, times, labels=labels)
+    assert leaks_of(findings) == set(), report(findings)
+
+
+@pytest.mark.parametrize(
+    ("times", "time", "expected"),
+    [
+        ([10 * DAY, 12 * DAY], 11 * DAY, 12 * DAY),
+        ([10 * DAY, 17 * DAY], 11 * DAY + 1, 12 * DAY),  # a day at most
+        ([10 * DAY + 7, 12 * DAY + 7], 10 * DAY + 7, 11 * DAY + 7),
+        ([10 * DAY, 10 * DAY + 3_000_000, 10 * DAY + 5_000_000], 10 * DAY + 3_500_000, 10 * DAY + 4_000_000),
+        ([10 * DAY, 10 * DAY + 1], 10 * DAY + 5, 10 * DAY + 6),
+        ([10 * DAY], 9 * DAY - 1, 9 * DAY),
+    ],
+)
+def test_the_next_tick_of_a_log(times, time, expected):
+    assert edits.next_tick({"times": torch.tensor(times)}, time) == expected
 
 
 def test_a_hidden_product_with_nan_is_told_from_a_leak(events, queries):
@@ -215,6 +285,35 @@ def test_order_of_float_sums_needs_the_declared_tolerance(events, queries):
 
     assert {"fitted statistics", "batch"} <= leaks_of(Audit(represent).run(events, users, times))
     assert leaks_of(Audit(represent, resize_tolerance=1e-7).run(events, users, times)) == set()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_tolerance_is_relative_to_the_spread_of_a_feature(events, queries, scale):
+    users, times, _ = queries
+
+    def depends_on_its_batch(share):
+        def represent(table, who, when):
+            return scale * (Pipeline()(table, who, when) + share * len(who))
+
+        return Audit(represent, resize_tolerance=1e-4).run(events, users, times)
+
+    # Half of 60 queries are 30 less; the features vary by a few tenths.
+    assert "batch" in leaks_of(depends_on_its_batch(1e-4))
+    assert leaks_of(depends_on_its_batch(1e-8)) == set()
+
+
+def test_a_small_state_is_not_taken_for_a_statistic_of_a_large_feature(events, queries):
+    """Means of the training period are no leak; the next own event beside them is one, however small its number."""
+    users, times, _ = queries
+    stop = 59 * DAY
+    ahead, plain = Pipeline("time to the next own event"), Pipeline()
+
+    def represent(table, who, when):
+        mean = table["numeric"][table["times"] < stop].double().mean(0)
+        gap = ahead.own(table, who, when)[:, -1:]
+        return torch.cat([plain(table | {"numeric": table["numeric"].double() - mean}, who, when), 1e-7 * gap], 1)
+
+    assert "future" in leaks_of(Audit(represent, train_stop=stop).run(events, users, times))
 
 
 def test_an_own_state_taken_off_a_sum_again_is_told_from_a_leak(events, queries):
@@ -340,6 +439,9 @@ def test_a_pipeline_that_looks_at_nobody_new_is_told_so(events, queries):
     findings = Audit(lambda table, who, when: who.double().unsqueeze(1)).run(events, users, times)
     assert exit_code(findings) == 0
     assert "the newest events do not matter here" in findings[3].words
+    findings = Audit(lambda table, who, when: who.double().unsqueeze(1), ties="inclusive").run(events, users, times)
+    assert [finding.status for finding in findings[3:5]] == ["information", "clean"]
+    assert all("the newest events do not matter here" in finding.words for finding in findings[3:5])
 
 
 @pytest.mark.parametrize(
