@@ -357,13 +357,15 @@ def verdict(cells: dict[tuple[str, str], list[dict[str, Any]]]) -> Iterator[str]
     """In how many cells concealment beats the vanilla attack of its family, with an exact interval."""
     for family in ("ifgsm", "pgd"):
         for kind in ("sum", "harmonic"):
-            for only, folds in (("", "all"), (", without victims of one answer", "able")):
+            for able_alone in (False, True):
                 gains = [
                     np.mean(gain)
                     for (name, _), runs in cells.items()
-                    if name not in NOT_COUNTED and (gain := _gains(runs, family, f"{family} {kind}", folds))
+                    if name not in NOT_COUNTED and (gain := _gains(runs, family, f"{family} {kind}", able_alone))
                 ]
-                if gains and (folds == "all" or any(1 in of(runs, family, "one answer") for runs in cells.values())):
+                is_said = not able_alone or any(1 in of(runs, family, "one answer") for runs in cells.values())
+                if gains and is_said:
+                    only = ", without victims of one answer" if able_alone else ""
                     share = binomial_share(sum(gain > 0 for gain in gains), len(gains))
                     yield (
                         f"- {family} {kind}: ahead of {family} in {share.n_hits} of {share.n} cells "
@@ -372,12 +374,13 @@ def verdict(cells: dict[tuple[str, str], list[dict[str, Any]]]) -> Iterator[str]
                     )
 
 
-def _gains(runs: list[dict[str, Any]], family: str, concealed: str, folds: str) -> list[float]:
+def _gains(runs: list[dict[str, Any]], family: str, concealed: str, able_alone: bool) -> list[float]:
+    """What concealment adds to F in each fold, or in those alone whose victim gives more than one answer."""
     return [
         fold[concealed]["F"] - fold[family]["F"]
         for run in runs
         for fold in run["folds"]
-        if folds == "all" or fold[family]["one answer"] == 0
+        if not able_alone or fold[family]["one answer"] == 0
     ]
 
 

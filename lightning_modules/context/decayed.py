@@ -54,6 +54,13 @@ class Decay(nn.Module):
         return -ages / self.theta.to(ages)
 
 
+def time_unit(theta: float | None, median_gap: float, published: bool) -> float:
+    """Theta in days: as given, else ``median_gap``, published a second."""
+    if theta is not None:
+        return theta
+    return SECOND if published else median_gap
+
+
 class Hawkes(Aggregator):
     """``b = sum_i v_i kappa(Delta_i)`` with weights kappa of the age alone, and v the states or their influence.
 
@@ -83,8 +90,7 @@ class Hawkes(Aggregator):
         super().__init__(d=d, median_gap=median_gap)
         if normalise not in ("sum", "mean", None):
             raise ValueError(f"normalise must be 'sum' or 'mean', got {normalise!r}")
-        unit = SECOND if published else median_gap
-        self.decay = Decay(unit if theta is None else theta, learn_theta=learn_theta)
+        self.decay = Decay(time_unit(theta, median_gap, published), learn_theta=learn_theta)
         self.normalise = normalise or ("mean" if published else "sum")
 
     def kappa(self, context: Context) -> Tensor:
@@ -312,8 +318,7 @@ class AttentionHawkes(Attention):
             top_k=top_k,
             log_count=log_count,
         )
-        unit = SECOND if published else median_gap
-        self.decay = Decay(unit if theta is None else theta, learn_theta=learn_theta)
+        self.decay = Decay(time_unit(theta, median_gap, published), learn_theta=learn_theta)
         self.mode = mode
 
     def attend(self, logits: Tensor, context: Context) -> Tensor:
@@ -353,8 +358,7 @@ class LearnableAttentionHawkes(LearnableAttention):
             top_k=top_k,
             log_count=log_count,
         )
-        unit = SECOND if published else median_gap
-        self.decay = Decay(unit if theta is None else theta, learn_theta=learn_theta)
+        self.decay = Decay(time_unit(theta, median_gap, published), learn_theta=learn_theta)
         self.mode = mode
 
     def attend(self, logits: Tensor, context: Context) -> Tensor:
