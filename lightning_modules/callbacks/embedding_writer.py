@@ -17,9 +17,10 @@ def embeddings_frame(found: Embeddings) -> pl.DataFrame:
     """One row a query, in the order of the queries.
 
     Columns ``user`` (original id), ``time`` (datetime in microseconds, UTC without a zone), ``own`` (d), ``context``
-    (k) and ``embedding`` (D) as lists of float32; ``top_users``, a list of original ids, most influential first, and
-    ``top_weights``, as many shares of all weights of the query. Both lists are empty for a query that saw nobody, the
-    weights also for an aggregator without any.
+    (k) and ``embedding`` (D) as lists of float32, the last two ending with the flag of an empty context where the rules
+    have one; ``top_users``, a list of original ids, most influential first, and ``top_weights``, as many shares of all
+    weights of the query. Both lists are empty for a query that saw nobody, the weights also for an aggregator without
+    any.
 
     Raises:
         ValueError: If a number of an embedding is not finite.

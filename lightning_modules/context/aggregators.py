@@ -45,10 +45,6 @@ class Aggregator(nn.Module, ABC):
         median_gap: Days, the time unit of a decay; aggregators that have none take it from their factory and leave it.
         published: Whether arguments that are None are those of the released code; left where there are none.
 
-    Attributes:
-        empty_flag: Whether a last column is 1 for queries without any visible row, else 0; off until it is set, by
-            ``ContextRules.empty_flag``.
-
     Raises:
         ValueError: If ``d`` is below 1 or ``median_gap`` is no positive number.
     """
@@ -59,13 +55,12 @@ class Aggregator(nn.Module, ABC):
             raise ValueError(f"median_gap must be a positive number of days, got {median_gap}")
         super().__init__()
         self.d = d
-        self.empty_flag = False
         self.empty_context = nn.Parameter(torch.zeros(d))
 
     @property
     def d_out(self) -> int:
         """Width of the context vector."""
-        return self.d + self.empty_flag
+        return self.d
 
     def forward(self, query: Tensor, context: Context) -> Tensor:
         """Context vectors ``(Q, d_out)``.
@@ -82,9 +77,8 @@ class Aggregator(nn.Module, ABC):
             return found.masked_fill(spoiled, math.nan).to(self.empty_context.dtype)
 
     def or_empty(self, found: Tensor, seen: Tensor) -> Tensor:
-        """``(Q, d_out)`` from ``(Q, d)`` that stands where anything is seen ``(Q, 1)``; the flag with it."""
-        found = torch.where(seen, found, self.empty_context.to(found))
-        return torch.cat([found, (~seen).to(found)], 1) if self.empty_flag else found
+        """``(Q, d_out)``: what was found where anything is seen ``(Q, 1)``, else ``empty_context``."""
+        return torch.where(seen, found, self.empty_context.to(found))
 
     def weights(self, query: Tensor, context: Context) -> Tensor | None:
         """Weight ``(Q, n)`` of each row in a query's context vector, 0 where invisible; None where rows have none.

@@ -53,7 +53,9 @@ class ContextRules:
             ours None for all, published 100.
         before_first: Vector where nothing is visible: ``"learned"``, ours, begins at 0, where it stays if its branch
             has nothing else to train (see ``Aggregator``); ``"random"``, published, is drawn and fixed.
-        empty_flag: Whether context vectors have one more column, 1 where nothing is visible.
+        empty_flag: Whether context vectors have one more, last column, 1 where nothing is visible and else 0: ours yes,
+            published no. Probes and exports get it, beside what a combination gives; a combination and the objective
+            aggregators are trained by do not.
         seed: Of the draws.
 
     Raises:
@@ -72,7 +74,7 @@ class ContextRules:
     drop_last_prefix: bool | None = None
     window: int | None = None
     before_first: Literal["learned", "random"] | None = None
-    empty_flag: bool = False
+    empty_flag: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ SETTLED: dict[str, tuple[Any, Any]] = {
     "drop_last_prefix": (False, True),
     "window": (None, 100),
     "before_first": ("learned", "random"),
+    "empty_flag": (True, False),
 }
 """Rules that the released code has otherwise: ours and its own."""
 
@@ -266,7 +269,6 @@ class EnrichedEncoder(nn.Module):
         self.rules = rules
         self.tune = tune
         facts = {"vocabulary_sizes": vocabulary_sizes, "n_numeric": n_numeric}
-        # An aggregator of somebody else need not know the flag.
         known: dict[str, Any] = {
             "d": encoder.d_model,
             "median_gap": median_gap,
@@ -278,8 +280,6 @@ class EnrichedEncoder(nn.Module):
             factory = aggregators.get(name)
             with drawn_by_name(name):
                 aggregator = None if factory is None else factory(**known)
-                if aggregator is not None:
-                    aggregator.empty_flag = rules.empty_flag
                 if aggregator is not None and rules.before_first == "random":
                     nn.init.uniform_(aggregator.empty_context).requires_grad_(False)
                 self.branches[name] = Branch(
@@ -296,6 +296,12 @@ class EnrichedEncoder(nn.Module):
         found = self.branches[name]
         assert isinstance(found, Branch)
         return found
+
+    def d_context(self, name: str) -> int:
+        """Width of the context vectors of a branch, without the flag."""
+        combination = self.branch(name).combination
+        assert combination is not None
+        return combination.d_context
 
     @property
     def aggregators(self) -> list[str]:
@@ -368,7 +374,7 @@ class EnrichedEncoder(nn.Module):
 
     @torch.no_grad()
     def contexts(self, name: str, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
-        """``(Q, d_out)`` context vectors of queries in any order.
+        """``(Q, k)`` context vectors of queries in any order, k = d_out, plus 1 with ``rules.empty_flag``.
 
         Queries are taken in order of time, so that those of a batch share what is visible. Mean and linear kernel
         (``kind="elu"``) over all users come from sums over time, whose cost does not grow with the number of users, but
@@ -383,39 +389,43 @@ class EnrichedEncoder(nn.Module):
                 return self._summed(aggregator, own, bank, users, times)
         return self._read(aggregator, own, bank, users, times)
 
-    @staticmethod
-    def _read(aggregator: Aggregator, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
-        found = own.new_zeros(len(own), aggregator.d_out)
+    def _read(self, aggregator: Aggregator, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
+        found, seen = own.new_zeros(len(own), aggregator.d_out), own.new_zeros(len(own), dtype=torch.bool)
         for rows in times.argsort(stable=True).split(QUERIES_AT_A_TIME):
             context = bank.context(times[rows], users[rows])
             found[rows] = aggregator(own[rows].to(context.states), context).to(found)
-        return found
+            seen[rows] = context.visible.any(1).to(own.device)
+        return self._flagged(found, seen)
 
-    @classmethod
-    def _summed(cls, aggregator: Aggregator, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
+    def _summed(self, aggregator: Aggregator, own: Tensor, bank: ContextBank, users: Tensor, times: Tensor) -> Tensor:
         query, times, users = own.to(bank.states), times.to(bank.times), users.to(bank.users)
         if not isinstance(aggregator, LinearKernel):
             found, counts = PrefixMean.build(bank).mean(times, users)
-            return aggregator.or_empty(found.to(query), (counts > 0).unsqueeze(1)).to(own)
+            return self._flagged(aggregator.or_empty(found.to(query), (counts > 0).unsqueeze(1)), counts > 0).to(own)
         of_query = aggregator.log_features(query)
         of_query = (of_query - of_query.amax(1, keepdim=True)).exp()  # a factor of the query cancels
         sums = PrefixMoments.build(bank, aggregator.positive_features)
         found, counts, untold = sums.lookup(of_query, times, users)
-        found = aggregator.or_empty(found.to(query), (counts > 0).unsqueeze(1))
+        found = self._flagged(aggregator.or_empty(found.to(query), (counts > 0).unsqueeze(1)), counts > 0)
         if untold.any():  # the rows are read in logarithms
-            found[untold] = cls._read(aggregator, query[untold], bank, users[untold], times[untold])
+            found[untold] = self._read(aggregator, query[untold], bank, users[untold], times[untold])
         return found.to(own)
 
-    def combined(self, name: str, own: Tensor, context: Tensor) -> Tensor:
-        """``(Q, D)``, z = combination(q, b) of own states ``(Q, d)`` and context vectors ``(Q, d_out)`` of a branch.
+    def _flagged(self, found: Tensor, seen: Tensor) -> Tensor:
+        return torch.cat([found, (~seen).unsqueeze(1).to(found)], 1) if self.rules.empty_flag else found
 
+    def combined(self, name: str, own: Tensor, context: Tensor) -> Tensor:
+        """``(Q, D)``, z = combination(q, b) of own states ``(Q, d)`` and context vectors ``(Q, k)`` of a branch.
+
+        A flag of empty contexts behind the vectors stands behind z, for the combination was trained without it.
         Computed without autocast, like the contexts; returned like the own states.
         """
         combination = self.branch(name).combination
         assert combination is not None
         like = next(combination.parameters(), own)
         with torch.autocast(like.device.type, enabled=False):
-            return combination(own.to(like), context.to(like)).to(own)
+            vectors, flag = context.to(like).split([combination.d_context, context.shape[1] - combination.d_context], 1)
+            return torch.cat([combination(own.to(like), vectors), flag], 1).to(own)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """From a fitted encoder with aggregators to a study: features of every arm at every query, probed, and exported.
 
-Q queries, E events, d width of own states, k of a context vector, D of what a combination gives. Source: spec of
-arXiv 2502.10205, sections 8 and 11.
+Q queries, E events, d width of own states, k of a context vector and D of what a combination gives, each with the flag
+of an empty context where there is one. Source: spec of arXiv 2502.10205, sections 8 and 11.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -298,7 +298,8 @@ def _features(
         contexts[name] = encoded.context(name, states, users, times)
         if name in also_shuffled:
             contexts[f"shuffled:{name}"] = encoded.context(name, states, users, shuffled)
-    trained = contexts[names[0]][fold == 0]
+    # The vectors alone: a flag of empty contexts is no noise to be drawn.
+    trained = contexts[names[0]][fold == 0, : model.d_context(names[0])]
     contexts["gaussian"] = gaussian_like(trained, len(users), seed)
     contexts["constant"] = constant_context(trained.mean(0), len(users))
     if wide is not None and wide_table is not None:

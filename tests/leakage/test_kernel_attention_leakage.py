@@ -151,7 +151,9 @@ def test_alone_one_has_no_context(batch):
     time = torch.tensor([int(events["times"].max()) + 1])
     only = torch.tensor([user])
     found = module.represent_context(events, events, only, time, time, context_users=only)
-    assert not found.any(), "the declared vectors, which begin at 0"
+    of_each = found.reshape(len(module.model.aggregators), -1)
+    assert not of_each[:, :-1].any(), "the declared vectors, which begin at 0"
+    assert of_each[:, -1].all(), "and their flags"
 
 
 def test_the_audit_finds_nothing_and_finds_what_the_released_code_does():

@@ -277,7 +277,7 @@ def test_fit_test_and_predict_by_every_objective_and_split(folder, objective, sp
         torch.testing.assert_close(probabilities.sum(1), torch.ones(len(target.labels)).double(), rtol=0, atol=1e-9)
     (found,) = tester.predict(module, data)
     assert len(found.times) == len(target.labels)
-    assert found.embedding.shape == (len(found.times), 16)
+    assert found.embedding.shape == (len(found.times), 17)
     for user, seen in zip(found.user_ids, found.top_users, strict=True):
         assert user not in seen, "nobody influences himself"
 
@@ -667,7 +667,8 @@ def test_an_audit_is_shown_what_is_exported(folder, tune):
     batch = next(iter(data.test_dataloader()))
     queries = batch["queries"]["silent"]
     rows = queries["fold"] == 2
-    for combination, width in ((Concat, 8 * (1 + 2 * tune) + 16), (Gated, 8 * (1 + 2 * tune) + 32)):
+    contexts = 2 * (8 + 1)  # each with its flag, as what a combination gives has it again
+    for combination, width in ((Concat, contexts), (Gated, 2 * contexts)):
         module = aggregator(
             data,
             aggregators={"mean": Mean, "kernel": KernelAttention},
@@ -679,9 +680,9 @@ def test_an_audit_is_shown_what_is_exported(folder, tune):
             batch["events"], queries["users"][rows], queries["times"][rows], batch["context_users"]
         )
         exports = module.predict_step(batch, 0)
-        assert shown.shape[1] == width
+        assert shown.shape[1] == 8 * (1 + 2 * tune) + width
         last = exports.context if combination is Concat else exports.embedding
-        assert torch.equal(shown[:, -8:], last)
+        assert torch.equal(shown[:, -9:], last)
 
 
 def test_a_wider_encoder_is_an_arm_of_its_own_best_epoch(folder):

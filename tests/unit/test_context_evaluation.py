@@ -125,7 +125,8 @@ def test_the_features_of_every_arm_are_what_its_name_says(batch):
 @pytest.mark.parametrize("tune", [False, True])
 @pytest.mark.parametrize("combination", [Gated, Residual, Adding])
 def test_probes_read_what_is_exported(batch, combination, tune):
-    model = enriched({"mean": Mean, "kernel": KernelAttention}, tune=tune, combination=combination)
+    few = {"n_users": 3, "max_age_days": 0.3}  # of whom some queries see nobody
+    model = enriched({"mean": Mean, "kernel": KernelAttention}, tune=tune, combination=combination, **few)
     with torch.no_grad():
         for number, name in enumerate(model.branches):
             model.encoder_of(name).start.fill_(0.3 * number)
@@ -136,9 +137,16 @@ def test_probes_read_what_is_exported(batch, combination, tune):
     own = {name: encoded.own(name, users, times).states for name in ("own", "mean", "kernel")}
     context = {name: encoded.context(name, own[name], users, times) for name in ("mean", "kernel")}
     elsewhen = encoded.context("kernel", own["kernel"], users, shuffled_times(times, fold, 3))
-    trained = context["mean"][fold == 0]
+    flagged = torch.cat([of[:, model.encoder.d_model :] for of in (context["mean"], context["kernel"], elsewhen)], 1)
+    assert flagged.shape[1] == 3
+    assert all(0 < int(column.sum()) < int((fold == 0).sum()) for column in flagged[fold == 0].T)
+    trained = context["mean"][fold == 0, :-1]
     with torch.no_grad():
-        of = {name: model.branch(name).combination for name in context}
+        of = {name: partial(model.combined, name) for name in context}
+        plain = {name: model.branch(name).combination for name in context}
+        for name, vectors in context.items():
+            expected = torch.cat([plain[name](own[name], vectors[:, :-1]), vectors[:, -1:]], 1)
+            assert torch.equal(of[name](own[name], vectors), expected), name
         expected = {
             "own": own["own"],
             "mean": of["mean"](own["mean"], context["mean"]),
@@ -151,11 +159,12 @@ def test_probes_read_what_is_exported(batch, combination, tune):
         }
     n_time = calls["own+time"][0].shape[1] - 6
     for arm, features in expected.items():
-        assert torch.equal(calls[arm][0][:, :6], features[fold == 0]), arm
-        assert torch.equal(calls[arm][4][:, :6], features[fold == 2]), arm
-        assert calls[arm][0].shape[1] == 6 + n_time * ("+time" in arm), arm
+        n = 6 + (arm not in ("own", "gaussian", "constant"))  # with the flag of an empty context
+        assert torch.equal(calls[arm][0][:, :n], features[fold == 0]), arm
+        assert torch.equal(calls[arm][4][:, :n], features[fold == 2]), arm
+        assert calls[arm][0].shape[1] == n + n_time * ("+time" in arm), arm
         if "+time" in arm:
-            assert torch.equal(calls[arm][0][:, 6:], calls["own+time"][0][:, 6:])
+            assert torch.equal(calls[arm][0][:, n:], calls["own+time"][0][:, 6:])
     exports = exported(model, batch, Evaluation(explained="kernel"))
     # float32 products of 12 numbers below 1, in an order that depends on how many queries are asked together
     torch.testing.assert_close(exports.embedding, calls["kernel"][4], rtol=0, atol=1e-6)

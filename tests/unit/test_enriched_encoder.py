@@ -116,20 +116,21 @@ def test_contexts_are_those_of_a_loop(events, rules):
         assert torch.equal(own.states[row], expected)
         assert int(own.rows[row]) == (strictly[0] if strictly else -1)
         seen = visible_rows(events, user, time, bank.context_users, rules)
+        assert {float(vectors[row, 2]) for vectors in values.values()} == {float(not seen)}, "the flag"
         if not seen:
-            assert all(not bool(found[row].any()) for found in values.values())
+            assert all(not bool(found[row, :2].any()) for found in values.values())
             continue
         of, ages = states[seen].double(), (time - events["times"][seen]).double() / DAY
         # float32 means of at most 20 numbers of size 14
-        torch.testing.assert_close(values["mean"][row].double(), of.mean(0), rtol=0, atol=2e-5)
-        assert torch.equal(values["max"][row].double(), of.amax(0))
+        torch.testing.assert_close(values["mean"][row, :2].double(), of.mean(0), rtol=0, atol=2e-5)
+        assert torch.equal(values["max"][row, :2].double(), of.amax(0))
         expected = ((-ages / 2).exp().unsqueeze(1) * of).mean(0)
-        torch.testing.assert_close(values["decayed"][row].double(), expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(values["decayed"][row, :2].double(), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("n_users", [None, 7])
 def test_a_flag_tells_where_nobody_is_visible(events, n_users):
-    """A last column, in what is looked up, in sums over time, and where there is no row at all."""
+    """A last column, in what is looked up and in sums over time; what is trained does not read it."""
     everybody = torch.arange(len(events["offsets"]) - 1)
     users, times = queries(events)
     found = {}
@@ -141,7 +142,7 @@ def test_a_flag_tells_where_nobody_is_visible(events, n_users):
         bank = model.bank(states, events, everybody)
         own = model.own(states, events, users, times).states
         found[flag] = {name: model.contexts(name, own, bank, users, times) for name in factories}
-        assert model.branch("max").combination.d_out == 4 + flag
+        assert model.branch("max").combination.d_out == model.combined("max", own, found[flag]["max"]).shape[1] - flag
     for name, vectors in found[True].items():
         assert torch.equal(vectors[:, :-1], found[False][name]), name
         seen = [
@@ -150,9 +151,6 @@ def test_a_flag_tells_where_nobody_is_visible(events, n_users):
         ]
         assert vectors[:, -1].tolist() == [float(not rows) for rows in seen], name
         assert 0 < vectors[:, -1].sum() < len(users)
-    none = torch.zeros(2, 0)
-    nobody = Context(states=torch.zeros(0, 2), rows=None, visible=none.bool(), ages=none, users=torch.zeros(0).long())
-    assert model.branch("max").aggregator(own[:2], nobody).tolist() == [[0.0, 0.0, 1.0]] * 2
 
 
 def test_sums_over_time_give_what_the_look_up_gives(events, monkeypatch):
@@ -181,7 +179,7 @@ def test_sums_over_time_give_what_the_look_up_gives(events, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
     first = times < events["times"].min()
     assert first.any()
-    assert bool((found["sums"][0][first] == 7).all()), "nobody was there before the first event"
+    assert bool((found["sums"][0][first, :-1] == 7).all()), "nobody was there before the first event"
 
 
 def test_a_sum_is_no_shortcut_for_the_rows_that_matter_most(events):
@@ -214,7 +212,7 @@ def test_long_states_weigh_the_same_in_fit_and_in_test(events, kind):
     found = model.contexts("linear", own, bank, users, times)
     trained_on = model.branch("linear").aggregator(own, bank.context(times, users))
     assert states.norm(dim=1).max() > 16
-    torch.testing.assert_close(found, trained_on, rtol=1e-4, atol=1e-4 * states.abs().max().item())
+    torch.testing.assert_close(found[:, :-1], trained_on, rtol=1e-4, atol=1e-4 * states.abs().max().item())
 
 
 @pytest.mark.parametrize("bias", [-60.0, -200.0, -1e4])
@@ -233,7 +231,7 @@ def test_a_linear_kernel_whose_features_round_to_nothing_is_read_in_logarithms(e
     found = model.contexts("linear", own, bank, users, times)
     assert found.isfinite().all()
     # float64 sums against float32 ones, of at most 20 states of size 14
-    torch.testing.assert_close(found, aggregator(own, bank.context(times, users)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[:, :-1], aggregator(own, bank.context(times, users)), rtol=1e-4, atol=1e-4)
     nobody = found[:, -1] == 1
     assert 0 < int(nobody.sum()) < len(users)
     assert bool((found[nobody, :-1] == 7).all())
@@ -257,7 +255,7 @@ def test_sums_over_time_are_in_full_precision_under_autocast(events):
 
 def test_before_anybody_did_anything_the_declared_vector_is_returned(events):
     model = enriched({"kernel": KernelAttention, "max": Max}, RecurrentEncoder(d_model=8, **FACTS))
-    random = enriched({"kernel": KernelAttention}, rules=ContextRules(before_first="random"))
+    random = enriched({"kernel": KernelAttention}, rules=ContextRules(before_first="random", empty_flag=False))
     users, early = torch.tensor([0, 3]), torch.full((2,), int(events["times"].min()))
     everybody = torch.arange(len(events["offsets"]) - 1)
     for one in (model, random):
@@ -268,7 +266,8 @@ def test_before_anybody_did_anything_the_declared_vector_is_returned(events):
         for name in one.aggregators:
             vector = one.branch(name).aggregator.empty_context
             found = one.contexts(name, own.states, one.bank(states, events, everybody), users, early)
-            assert torch.equal(found, vector.detach().expand(2, -1))
+            declared = vector.detach() if one is random else torch.cat([vector.detach(), torch.ones(1)])
+            assert torch.equal(found, declared.expand(2, -1))
     vector = random.branch("kernel").aggregator.empty_context
     assert not vector.requires_grad
     assert 0 <= float(vector.detach().min()) < float(vector.detach().max()) <= 1, "uniform, as released"
@@ -389,6 +388,7 @@ OURS = {
     "drop_last_prefix": False,
     "window": None,
     "before_first": "learned",
+    "empty_flag": True,
 }
 PUBLISHED = {
     "ties": "inclusive",
@@ -397,6 +397,7 @@ PUBLISHED = {
     "drop_last_prefix": True,
     "window": 100,
     "before_first": "random",
+    "empty_flag": False,
 }
 
 
