@@ -22,6 +22,7 @@ from lightning_modules.context.decayed import (
 from lightning_modules.context.enriched import ContextRules, EnrichedEncoder
 from lightning_modules.context.evaluation import Embeddings, Evaluation, evaluate
 from lightning_modules.context.positive_features import LinearKernel
+from lightning_modules.context.prefix_sums import PrefixMean, PrefixMoments
 from lightning_modules.context.probes import BestProbe, LightGBMProbe, LinearProbe, LogisticProbe
 from lightning_modules.context.refresh import Ema, EveryKSteps, Live, PerEpoch, Refresh, Static
 from lightning_modules.context.streaming import StreamingBank
@@ -60,6 +61,8 @@ __all__ = [
     "Max",
     "Mean",
     "PerEpoch",
+    "PrefixMean",
+    "PrefixMoments",
     "Refresh",
     "Residual",
     "Static",

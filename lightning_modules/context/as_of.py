@@ -106,3 +106,15 @@ def gathered_context(table: Tensor, rows: Tensor, seen: Tensor, ages: Tensor, ow
     else:
         states = table.new_zeros(1, table.shape[1])
     return Context(states, torch.where(seen, local, len(distinct)), seen, ages, owners)
+
+
+def with_room(tensor: Tensor, n: int) -> Tensor:
+    """The rows of a tensor in one of at least ``n`` rows, at least twice as many where there were too few; else itself.
+
+    So that a row that is added costs O(row) on average.
+    """
+    if n <= len(tensor):
+        return tensor
+    grown = tensor.new_zeros(max(n, 2 * len(tensor)), *tensor.shape[1:])
+    grown[: len(tensor)] = tensor
+    return grown

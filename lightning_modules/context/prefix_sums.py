@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lightning_modules.context.as_of import last_before, ranges
+from lightning_modules.context.as_of import ranges, with_room
 from lightning_modules.context.bank import ContextBank
-from lightning_modules.context.rules import Visibility
+from lightning_modules.context.streaming import StreamingBank
+from lightning_modules.context.timelines import Timeline
 
 CHUNK_BYTES = 32 * 2**20
 """Memory for the float64 changes held at a time while sums are built."""
@@ -30,81 +31,42 @@ weight must be above for an average under it to have three digits. A state's fea
 again when it goes, in other company, where the last digit may be another; over a history such differences cancel."""
 
 
-class Timeline:
-    """Events of a bank in order of time, and each user's own last state.
+class PrefixSums:
+    """Sums over the states of all users after every ``block`` events, in order of time.
+
+    A streaming bank may get events after the sums were built: a look-up first adds the sums of blocks that were
+    filled since, so that it answers what sums built anew would.
 
     Args:
         bank: Its states and times are shared, not copied.
         block: Events between two kept sums.
 
     Raises:
-        ValueError: If ``block`` is below 1 or the bank hides states by age, group or number, which a sum over all
-            users cannot.
+        ValueError: If ``block`` is below 1, the bank hides states by age, group or number, which a sum over all users
+            cannot, or the events of a streaming bank came in another order than that of time.
     """
 
-    def __init__(self, bank: ContextBank, block: int) -> None:
-        rules = bank.visibility
+    def __init__(self, bank: ContextBank | StreamingBank, block: int) -> None:
         if block < 1:
             raise ValueError(f"block must be at least 1, got {block}")
-        for name, hides in (
-            ("max_age_days", rules.max_age is not None),
-            ("max_context", rules.max_context is not None),
-            ("exclude_group", rules.exclude_group),
-        ):
-            if hides:
-                raise ValueError(f"prefix sums hold all context users and cannot apply {name}, got a bank with it")
-        self.bank = bank
-        self.visibility: Visibility = rules
+        self.line = Timeline.of(bank)
+        self.visibility = self.line.visibility
         self.block = block
-        self.states, self.times = bank.states, bank.times
-        self.users, self.offsets = bank.context_users, bank.offsets
-        small = torch.int32 if len(bank.times) < 2**31 else torch.int64
-        order = bank.times.argsort(stable=True)
-        self.order, self.sorted_times = order.to(small), bank.times[order]
-        starts = bank.offsets[:-1][bank.offsets.diff() > 0]
-        self.is_first = torch.zeros(len(bank.times), dtype=torch.bool, device=starts.device)
-        self.is_first[starts] = True
-        self.first_times = bank.times[starts].sort().values
+        self.n_blocks = 0
+        self._now: tuple[Tensor, ...] = ()
 
     @property
     def n_bytes(self) -> int:
         """Bytes held beyond the raw events, which are the user and the time of each: the bank, its states, and sums."""
         own = (value for value in vars(self).values() if isinstance(value, Tensor))
-        memory = [value.untyped_storage() for value in (*own, *self.bank.buffers())]
+        memory = [value.untyped_storage() for value in (*own, *self._now, *self.line.tensors())]
         held = {one.data_ptr(): one.nbytes() for one in memory}  # what both read is held once
-        return sum(held.values()) - self.bank.users.nbytes - self.bank.times.nbytes
+        return sum(held.values()) - self.line.times.nbytes
 
-    def replaced(self, rows: Tensor) -> Tensor:
-        """``int64`` rows of the states that those of ``rows`` replaced; fewer, since first events replace nothing."""
-        return rows[~self.is_first[rows]] - 1
-
-    def positions(self, moments: Tensor) -> tuple[Tensor, Tensor]:
-        """``(Q,)`` numbers of events and of users before each moment."""
-        moments = moments.contiguous()
-        inclusive = self.visibility.inclusive
-        n_events = torch.searchsorted(self.sorted_times, moments, right=inclusive)
-        return n_events, torch.searchsorted(self.first_times, moments, right=inclusive)
-
-    def hidden(self, moments: Tensor, users: Tensor) -> tuple[Tensor, Tensor]:
-        """The query user's own state in the sums, where it has to be taken off.
-
-        Returns:
-            ``(Q,) int64`` rows, arbitrary where there is none, and ``(Q,) bool`` whether there is one.
-        """
-        if not self.visibility.exclude_self or not len(self.times):
-            return torch.zeros_like(users), torch.zeros_like(users, dtype=torch.bool)
-        rank = torch.searchsorted(self.users, users.contiguous()).clamp(max=len(self.users) - 1)
-        known = self.users[rank] == users
-        first = self.offsets[rank]
-        stop = torch.where(known, self.offsets[rank + 1], first)
-        rows = last_before(self.times, first, stop, moments, inclusive=self.visibility.inclusive)
-        return rows.clamp(min=0), rows >= first
-
-    def block_rows(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of whole blocks ``start..stop``, those they replace, and where there is one: ``(n_blocks, block)``."""
-        rows = self.order[start * self.block : stop * self.block].long().view(-1, self.block)
-        replaces = ~self.is_first[rows]
-        return rows, torch.where(replaces, rows - 1, 0), replaces.unsqueeze(2)
+    def _new_blocks(self) -> range:
+        """Blocks that are full and have no sum yet."""
+        self.line.refresh()
+        return range(self.n_blocks, len(self.line.states) // self.block)
 
 
 def _checked(times: Tensor, users: Tensor) -> None:
@@ -113,7 +75,7 @@ def _checked(times: Tensor, users: Tensor) -> None:
         raise ValueError(f"query_times and query_users must both have shape (Q,), got {shapes}")
 
 
-class PrefixMean(Timeline):
+class PrefixMean(PrefixSums):
     """Exact mean of the states of all visible users, O(log E_C + block d) a query for any number of users.
 
     Kept sums are float64. The at most ``2 (block - 1)`` states replayed are added in the states' own dtype: with
@@ -124,21 +86,28 @@ class PrefixMean(Timeline):
         block: Events between two kept sums; a sum takes ``2 / block`` of a float32 state for each event.
     """
 
-    def __init__(self, bank: ContextBank, block: int = 32) -> None:
+    def __init__(self, bank: ContextBank | StreamingBank, block: int = 32) -> None:
         super().__init__(bank, block)
-        d, n_blocks = self.states.shape[1], len(self.times) // block
-        self.sums = torch.zeros(n_blocks + 1, d, dtype=torch.float64, device=self.states.device)
-        step = max(1, CHUNK_BYTES // (8 * max(1, d) * block))
-        for start in range(0, n_blocks, step):
-            stop = min(start + step, n_blocks)
-            rows, earlier, replaces = self.block_rows(start, stop)
-            changes = self.states[rows].double() - torch.where(replaces, self.states[earlier], 0).double()
-            self.sums[start + 1 : stop + 1] = self.sums[start] + changes.sum(1).cumsum(0)
+        self.sums = torch.zeros(1, bank.states.shape[1], dtype=torch.float64, device=bank.states.device)
+        self._extend()
 
     @classmethod
-    def build(cls, bank: ContextBank, block: int = 32) -> "PrefixMean":
+    def build(cls, bank: ContextBank | StreamingBank, block: int = 32) -> "PrefixMean":
         """The sums of a bank."""
         return cls(bank, block)
+
+    def _extend(self) -> None:
+        new, states = self._new_blocks(), self.line.states
+        self.sums = with_room(self.sums, new.stop + 1)
+        step = max(1, CHUNK_BYTES // (8 * max(1, states.shape[1]) * self.block))
+        for start in new[::step]:
+            stop = min(start + step, new.stop)
+            rows = self.line.rows(slice(start * self.block, stop * self.block)).view(-1, self.block)
+            earlier = self.line.earlier(rows)
+            replaced = torch.where((earlier >= 0).unsqueeze(2), states[earlier.clamp(min=0)], 0)
+            changes = states[rows].double() - replaced.double()
+            self.sums[start + 1 : stop + 1] = self.sums[start] + changes.sum(1).cumsum(0)
+        self.n_blocks = max(self.n_blocks, new.stop)
 
     def mean(self, query_times: Tensor, query_users: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over all users that a query sees.
@@ -154,36 +123,40 @@ class PrefixMean(Timeline):
             ValueError: If shapes differ.
         """
         _checked(query_times, query_users)
+        self._extend()
         moments = self.visibility.moments(query_times)
-        n_events, n_users = self.positions(moments)
+        n_events, n_users = self.line.positions(moments)
         n_events, place = torch.unique(n_events, return_inverse=True)
-        own, found = self.hidden(moments, query_users)
+        own, found = self.line.hidden(moments, query_users)
         counts = n_users - found.long()
         sums = self._sums(n_events)[place]
-        sums[found] -= self.states[own[found]].double()
+        sums[found] -= self.line.states[own[found]].double()
         means = torch.where((counts > 0).unsqueeze(1), sums / counts.clamp(min=1).unsqueeze(1), 0)
-        return means.to(self.states.dtype), counts
+        return means.to(self.line.states.dtype), counts
 
     def _sums(self, n_events: Tensor) -> Tensor:
         """``(P, d) float64`` sums over users after the first ``n_events`` events."""
         done = n_events // self.block
         n_replayed = n_events - done * self.block
-        rows = self.order[ranges(done * self.block, n_replayed)].long()
+        rows = self.line.rows(ranges(done * self.block, n_replayed))
         if not len(rows):
             return self.sums[done]
         # each event brings its state and, where there was one, takes the state before: + + - + - ...
-        width = 2 - self.is_first[rows].long()
+        earlier, states = self.line.earlier(rows), self.line.states
+        replaces = earlier >= 0
+        width = 1 + replaces.long()
         begins = torch.cat([width.new_zeros(1), width.cumsum(0)])
         pairs = rows.repeat_interleave(width)
         old = torch.ones_like(pairs, dtype=torch.bool)
         old[begins[:-1]] = False
-        signs = torch.where(old, -1.0, 1.0).to(self.states)
+        pairs[old] = earlier[replaces]
+        signs = torch.where(old, -1.0, 1.0).to(states)
         starts = begins[n_replayed.cumsum(0) - n_replayed]
-        replayed = embedding_bag(pairs - old.long(), self.states, starts, mode="sum", per_sample_weights=signs)
+        replayed = embedding_bag(pairs, states, starts, mode="sum", per_sample_weights=signs)
         return self.sums[done] + replayed.double()
 
 
-class PrefixMoments(Timeline):
+class PrefixMoments(PrefixSums):
     """Linear-kernel average over all visible users, O(log E_C + block (r + d) + r d) a query for any number of users.
 
     The features are read at build: after they change the sums are built anew. Gradients reach the query's features,
@@ -198,38 +171,54 @@ class PrefixMoments(Timeline):
         block: Events between two kept sums; None for 8 r, with which the sums take 1/8 of a state for each event.
     """
 
-    def __init__(self, bank: ContextBank, features: Callable[[Tensor], Tensor], block: int | None = None) -> None:
+    def __init__(
+        self,
+        bank: ContextBank | StreamingBank,
+        features: Callable[[Tensor], Tensor],
+        block: int | None = None,
+    ) -> None:
+        states = bank.states
+        d = states.shape[1]
         with torch.no_grad():
-            r = features(bank.states.new_zeros(1, bank.states.shape[1])).shape[1]
+            r = features(states.new_zeros(1, d)).shape[1]
         super().__init__(bank, 8 * r if block is None else block)
         self.features = features
-        d, n_blocks = self.states.shape[1], len(self.times) // self.block
-        self.first_moments = self.states.new_zeros(n_blocks + 1, r)
-        self.second_moments = self.states.new_zeros(n_blocks + 1, r, d)
-        self.passed = self.states.new_zeros(n_blocks + 1, r)  # features that went in or out
-        s = torch.zeros(r, dtype=torch.float64, device=self.states.device)
-        passed = torch.zeros_like(s)
-        m = torch.zeros(r, d, dtype=torch.float64, device=self.states.device)
-        with torch.no_grad():
-            for done in range(n_blocks):
-                states, weighted = self._changes(done * self.block, (done + 1) * self.block)
-                s += weighted.sum(0)
-                m += weighted.T @ states
-                passed += weighted.abs().sum(0)
-                self.first_moments[done + 1], self.second_moments[done + 1], self.passed[done + 1] = s, m, passed
+        self.first_moments = states.new_zeros(1, r)
+        self.second_moments = states.new_zeros(1, r, d)
+        self.passed = states.new_zeros(1, r)  # features that went in or out
+        self._now = tuple(torch.zeros_like(one[0], dtype=torch.float64) for one in self._kept())
+        self._extend()
 
     @classmethod
     def build(
-        cls, bank: ContextBank, features: Callable[[Tensor], Tensor], block: int | None = None
+        cls,
+        bank: ContextBank | StreamingBank,
+        features: Callable[[Tensor], Tensor],
+        block: int | None = None,
     ) -> "PrefixMoments":
         """The sums of a bank."""
         return cls(bank, features, block)
 
+    def _kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.first_moments, self.second_moments, self.passed
+
+    def _extend(self) -> None:
+        new = self._new_blocks()
+        kept = tuple(with_room(one, new.stop + 1) for one in self._kept())
+        self.first_moments, self.second_moments, self.passed = kept
+        for done in new:
+            states, weighted = self._changes(done * self.block, (done + 1) * self.block)
+            changes = weighted.sum(0), weighted.T @ states, weighted.abs().sum(0)
+            for rows, now, change in zip(kept, self._now, changes, strict=True):
+                now += change
+                rows[done + 1] = now
+        self.n_blocks = max(self.n_blocks, new.stop)
+
     def _changes(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """``(m, d)`` states that events start..stop bring and replace, ``(m, r)`` their features, + or -; float64."""
-        rows = self.order[start:stop].long()
-        replaced = self.replaced(rows)
-        states = self.states.index_select(0, torch.cat([rows, replaced]))
+        rows = self.line.rows(slice(start, stop))
+        earlier = self.line.earlier(rows)
+        states = self.line.states.index_select(0, torch.cat([rows, earlier[earlier >= 0]]))
         with torch.no_grad():
             weighted = self.features(states).double()
         weighted[len(rows) :] *= -1
@@ -254,15 +243,17 @@ class PrefixMoments(Timeline):
         if query_features.shape != (len(query_times), self.first_moments.shape[1]):
             allowed = (len(query_times), self.first_moments.shape[1])
             raise ValueError(f"query_features must have shape {allowed}, got {tuple(query_features.shape)}")
+        self._extend()
+        bank_states = self.line.states
         moments = self.visibility.moments(query_times)
-        n_events, n_users = self.positions(moments)
-        own, found = self.hidden(moments, query_users)
+        n_events, n_users = self.line.positions(moments)
+        own, found = self.line.hidden(moments, query_users)
         counts = n_users - found.long()
         query = query_features.double()
         above, below, passed = self._totals(query, n_events)
         rounded = torch.maximum(LEAST_OF_SUM * below, LEAST_OF_HISTORY * passed)
-        own_states = self.states.new_zeros(len(own), self.states.shape[1])
-        own_states[found] = self.states[own[found]]
+        own_states = bank_states.new_zeros(len(own), bank_states.shape[1])
+        own_states[found] = bank_states[own[found]]
         with torch.no_grad():
             own_features = self.features(own_states).double()
         own_weight = torch.where(found, (own_features * query).sum(1), 0)
@@ -270,7 +261,7 @@ class PrefixMoments(Timeline):
         told = below > torch.finfo(self.first_moments.dtype).eps * rounded  # false where anything is NaN
         averages = above / torch.where(told, below, 1).unsqueeze(1)
         seen = counts > 0
-        return torch.where((seen & told).unsqueeze(1), averages, 0).to(self.states.dtype), counts, seen & ~told
+        return torch.where((seen & told).unsqueeze(1), averages, 0).to(bank_states.dtype), counts, seen & ~told
 
     def _totals(self, query: Tensor, n_events: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(Q, d)`` sums of f(X_i) . f(q) X_i, and ``(Q,)`` of f(X_i) . f(q) and of what came and went, float64.
@@ -279,7 +270,7 @@ class PrefixMoments(Timeline):
         not see never meets it.
         """
         by_events = n_events.argsort(stable=True)
-        above, below = [query.new_zeros(0, self.states.shape[1])], [query.new_zeros(0)]
+        above, below = [query.new_zeros(0, self.line.states.shape[1])], [query.new_zeros(0)]
         replayed = [query.new_zeros(0)]
         for queries in by_events.split(torch.unique(n_events, return_counts=True)[1].tolist()):
             stop = int(n_events[queries[0]])

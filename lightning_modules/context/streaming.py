@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.context.as_of import gathered_context, sample_context_users
+from lightning_modules.context.as_of import gathered_context, sample_context_users, with_room
 from lightning_modules.context.rules import Visibility
 from lightning_modules.context.visible import Context, days
 
@@ -24,6 +24,11 @@ class StreamingBank:
 
     Rows are kept in order of arrival, each with the user's row before; an event costs O(d), a query O(n) and one more
     step for every event that a user has had since the query's moment. Queries may lie in the past or in the future.
+    Mean and linear kernel over all users cost O(d) and O(r d) a query, however many they are, by sums that grow with
+    the bank, if the events of all users come in order of time:
+
+        mean = PrefixMean.build(bank)              # once
+        found, counts = mean.mean(times, users)    # whenever events have come
 
     Args:
         context_users: ``(n,) int64`` distinct rows of users; events of others are ignored.
@@ -76,6 +81,11 @@ class StreamingBank:
     def times(self) -> Tensor:
         """``(E_C,) int64`` times in order of arrival."""
         return self._times[: self.n_events]
+
+    @property
+    def earlier(self) -> Tensor:
+        """``(E_C,) int64`` row of the state that each one replaced, -1 of a user's first."""
+        return self._earlier[: self.n_events]
 
     def append(self, user: int, time: int, state: Tensor) -> None:
         """Take in one event and the state after it.
@@ -135,15 +145,20 @@ class StreamingBank:
 
     def _grow(self) -> None:
         """Twice the room, so that an event costs O(d) on average."""
-        room = max(64, len(self._times))
-        self._states = torch.cat([self._states, self._states.new_zeros(room, self._states.shape[1])])
-        self._times = torch.cat([self._times, self._times.new_zeros(room)])
-        self._earlier = torch.cat([self._earlier, self._earlier.new_zeros(room)])
+        room = max(64, 2 * len(self._times))
+        self._states = with_room(self._states, room)
+        self._times, self._earlier = with_room(self._times, room), with_room(self._earlier, room)
 
     def before(self, moments: Tensor) -> Tensor:
         """``(Q, n) int64`` last admissible row of each context user at each moment, -1 where there is none."""
-        moments = moments.unsqueeze(1)
-        rows = self.last_rows.expand(len(moments), -1)
+        return self._back(self.last_rows.expand(len(moments), -1), moments.unsqueeze(1))
+
+    def own_before(self, moments: Tensor, users: Tensor) -> Tensor:
+        """``(Q,) int64`` last admissible row of the user ``(Q,)`` who asks, -1 where there is none."""
+        rank = torch.searchsorted(self.context_users, users.contiguous()).clamp(max=len(self.context_users) - 1)
+        return self._back(torch.where(self.context_users[rank] == users, self.last_rows[rank], -1), moments)
+
+    def _back(self, rows: Tensor, moments: Tensor) -> Tensor:
         while True:
             times = self._times[rows.clamp(min=0)] if self.n_events else torch.zeros_like(rows)
             late = (rows >= 0) & ((times > moments) if self.visibility.inclusive else (times >= moments))

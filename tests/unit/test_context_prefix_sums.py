@@ -201,4 +201,6 @@ def test_bank_and_sums_hold_at_most_a_quarter_beyond_the_states_and_the_raw_even
     assert sums[0].n_bytes == alone + 8 * (len(bank.keys) + len(bank.clock)), (
         "a look at rows is counted once it is made"
     )
-    assert alone > sum(one.nbytes for one in (bank.states, bank.event_rows, bank.offsets, sums[0].sums, sums[0].order))
+    assert alone > sum(
+        one.nbytes for one in (bank.states, bank.event_rows, bank.offsets, sums[0].sums, sums[0].line.order)
+    )

@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_modules.context import StreamingBank
 from lightning_modules.context.bank import ContextBank
+from lightning_modules.context.prefix_sums import PrefixMean, PrefixMoments
 from lightning_modules.context.refresh import Ema, EveryKSteps, Live, PerEpoch, Static, drift
 from lightning_modules.context.rules import Visibility
 
@@ -63,6 +64,57 @@ def test_a_stream_answers_as_a_bank_built_anew_at_every_event(ties, rules):
         for name in ("visible", "ages", "users"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         assert torch.equal(found.states[found.rows], expected.states[expected.rows])
+
+
+def positive(states):
+    return nn.functional.elu(states @ torch.tensor([[1.0, -0.5], [0.3, 2.0], [-1.0, 0.7]]).to(states)) + 1
+
+
+@pytest.mark.parametrize("rules", [{}, {"ties": "inclusive"}, {"lag": 2}, {"exclude_self": False}])
+@pytest.mark.parametrize("block", [1, 3, 32])
+def test_sums_that_grow_with_a_stream_are_those_built_anew_at_every_event(rules, block):
+    users, times, states = stream(n_events=40, seed=1)
+    plain = {name: value for name, value in rules.items() if name != "lag"}
+    plain |= {"lag_days": rules["lag"] / 86_400e6} if "lag" in rules else {}
+    bank = StreamingBank(torch.tensor([0, 1, 3, 4]), 3, visibility=Visibility(**rules), min_prefix=2)
+    sums = PrefixMean.build(bank, block), PrefixMoments.build(bank, positive, block)
+    asked, askers = (
+        grid.flatten() for grid in torch.meshgrid(torch.arange(-1, 18), torch.arange(-1, 6), indexing="ij")
+    )
+    query = positive(torch.randn(len(asked), 3))
+    shown = 0
+    for n in range(1, len(times) + 1):
+        bank.append(int(users[n - 1]), int(times[n - 1]), states[n - 1])
+        whole = rebuilt(users[:n], times[:n], states[:n], 5, min_prefix=2, **plain)
+        anew = PrefixMean.build(whole, block), PrefixMoments.build(whole, positive, block)
+        if n % 5 and n < len(times):
+            continue  # several events at a time
+        for found, expected in (
+            (sums[0].mean(asked, askers), anew[0].mean(asked, askers)),
+            (sums[1].lookup(query, asked, askers), anew[1].lookup(query, asked, askers)),
+        ):
+            assert torch.equal(found[1], expected[1])
+            # float32 sums of at most 40 states of size 3, in another order where times are equal
+            torch.testing.assert_close(found[0], expected[0], rtol=0, atol=2e-5)
+            shown += int((found[1] > 0).sum())
+        assert not sums[1].lookup(query, asked, askers)[2].any()
+    assert shown > 500
+    assert sums[0].n_blocks == sums[1].n_blocks == bank.n_events // block
+    assert sums[0].n_bytes > bank.states.nbytes
+
+
+def test_sums_refuse_a_stream_that_goes_back_in_time_or_hides_somebody():
+    bank = StreamingBank(torch.tensor([0, 1]), 2)
+    bank.append(0, 5, torch.ones(2))
+    mean = PrefixMean.build(bank)
+    bank.append(1, 5, torch.ones(2))
+    assert mean.mean(torch.tensor([6]), torch.tensor([2]))[1].tolist() == [2]
+    bank.append(1, 7, torch.ones(2))
+    bank.append(0, 6, torch.ones(2))
+    with pytest.raises(ValueError, match="take events of all users in order of time, got 6 after 7"):
+        mean.mean(torch.tensor([9]), torch.tensor([2]))
+    with pytest.raises(ValueError, match="cannot apply max_age_days"):
+        PrefixMean.build(StreamingBank(torch.tensor([0]), 2, visibility=Visibility(max_age=3)))
 
 
 def test_a_stream_grows_and_refuses_to_go_back():
