@@ -7,8 +7,12 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from hypothesis import settings
 
 matplotlib.use("Agg")
+# No example has a deadline: on a machine that others use too, a stopwatch fails what is right.
+settings.register_profile("no stopwatch", deadline=None)
+settings.load_profile("no stopwatch")
 if not torch.cuda.is_available():
     # Triton decides when a kernel is defined, so before the first import: on a CPU kernels run in the interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
