@@ -186,7 +186,8 @@ def newest_unfinished_run(
 def refuse_taken(run: Path, asked: str | None = None) -> None:
     """See that a fresh fit into this folder overwrites no other run.
 
-    One that was ended before its first checkpoint is none: it cannot be gone on with, see :meth:`RunLogger.claim`.
+    One that was ended before its first ``last.ckpt`` is none, though it may have written ``best.ckpt`` a moment before: it
+    cannot be gone on with, see :meth:`RunLogger.claim`.
 
     Args:
         run: The folder, which need not be there.
@@ -196,7 +197,10 @@ def refuse_taken(run: Path, asked: str | None = None) -> None:
         ValueError: If there are checkpoints, or a run that finished without any.
     """
     checkpoints = {path.name for path in (run / "checkpoints").glob("*") if not _DRAFT.fullmatch(path.name)}
-    if not checkpoints and not read_fit_facts(run).get("finished"):
+    facts = read_fit_facts(run)
+    # Of a fit that was killed its note stays, one that failed says so itself; other checkpoints are somebody's.
+    was_ended = LAST not in checkpoints and (bool(facts) or (run / _RUNNING).is_file())
+    if not facts.get("finished") and (not checkpoints or was_ended):
         return
     other = "another trainer.logger.init_args.version (null: the next free number)"
     if asked is not None:
@@ -215,7 +219,7 @@ def _refuse_working(run: Path) -> None:
 
 
 def _set_aside(run: Path) -> None:
-    """Move what a fit without a checkpoint left into ``lost_<n>/``, so that nothing of a new one is added to it."""
+    """Move what a fit that cannot be gone on with left into ``lost_<n>/``, so that nothing of a new one is added to it."""
     if not (run / "config.yaml").exists():
         return
     remove_drafts(run)
@@ -228,7 +232,7 @@ def _set_aside(run: Path) -> None:
     # The config last: a kill in between leaves it, and the next fit moves the rest.
     for path in sorted(left, key=lambda path: path.name == "config.yaml"):
         path.rename(lost / path.name)
-    print(f"seqlit: what a fit that was ended before its first checkpoint left in {run} is now in {lost}", flush=True)
+    print(f"seqlit: what a fit that was ended before its first {LAST} left in {run} is now in {lost}", flush=True)
 
 
 @contextmanager
@@ -346,7 +350,7 @@ class RunLogger(CSVLogger):
     def claim(self, *, resumes: bool) -> None:
         """Take the folder of a given version for a fit of this process: of two that start together, one is refused.
 
-        Nothing is appended to what a fit that was ended before its first checkpoint left there: it is moved to
+        Nothing is appended to what a fit that was ended before its first ``last.ckpt`` left there: it is moved to
         ``lost_<n>/``. A version that is numbered here needs no claim. To be called in the first process alone.
 
         Args:

@@ -377,6 +377,20 @@ def test_a_folder_that_holds_a_run_is_taken(tmp_path, left, asked, advice):
     assert sorted(path.name for path in run.iterdir()) == sorted({"config.yaml", "running.json", left.split("/")[0]})
 
 
+@pytest.mark.parametrize("ended_by", ["a kill", "an error"])
+def test_a_kill_between_the_best_checkpoint_and_the_last_blocks_nobody(tmp_path, ended_by):
+    run = tmp_path / "method/version_7"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints/best.ckpt").write_text("of the first epoch")
+    (run / "config.yaml").write_text("{}")
+    note = ("running.json", "{}") if ended_by == "a kill" else ("fit.json", '{"finished": false}')
+    (run / note[0]).write_text(note[1])
+    refuse_taken(run)
+    RunLogger(str(tmp_path), "method", 7).claim(resumes=False)
+    assert sorted(path.name for path in run.iterdir()) == ["lost_1", "running.json"]
+    assert (run / "lost_1/checkpoints/best.ckpt").read_text() == "of the first epoch"
+
+
 def test_what_was_ended_before_its_first_checkpoint_is_set_aside(tmp_path):
     """Nothing of the new run is added to what the old one left, however often it is ended."""
     run = tmp_path / "method/version_7"
