@@ -186,8 +186,8 @@ def newest_unfinished_run(
 def refuse_taken(run: Path, asked: str | None = None) -> None:
     """See that a fresh fit into this folder overwrites no other run.
 
-    One that was ended before its first ``last.ckpt`` is none, though it may have written ``best.ckpt`` a moment before: it
-    cannot be gone on with, see :meth:`RunLogger.claim`.
+    One that was ended before its first ``last.ckpt`` is none, though it may have written ``best.ckpt`` a moment before:
+    it cannot be gone on with, see :meth:`RunLogger.claim`.
 
     Args:
         run: The folder, which need not be there.
@@ -219,7 +219,7 @@ def _refuse_working(run: Path) -> None:
 
 
 def _set_aside(run: Path) -> None:
-    """Move what a fit that cannot be gone on with left into ``lost_<n>/``, so that nothing of a new one is added to it."""
+    """Move what a fit that nothing goes on with left into ``lost_<n>/``, so that nothing of a new one is added."""
     if not (run / "config.yaml").exists():
         return
     remove_drafts(run)
