@@ -24,6 +24,8 @@ NumericTransform = Literal["none", "signed_log"]
 FOREVER = 2**63 - 1
 """A time after every event."""
 
+MOSTLY = 0.5
+"""Share of unknown categories from which on something is likely wrong with how they are written."""
 CLOCKS = tuple(DAY // parts for parts in (1, 24, 1440, 86_400, 86_400_000, DAY))
 """Ticks of the clocks that a log may have been written by, in microseconds: a day, hour, minute, s, ms, us."""
 
@@ -121,13 +123,17 @@ class EventLog:
         """Microseconds between two time stamps of the log's clock: the largest of ``CLOCKS`` that divides them all.
 
         An event stamped t may have happened at any moment of [t, t + tick). Divided are differences of stamps, so that
-        midnights of any zone with a fixed offset from UTC are days; with summer time they are hours. The stamps are
-        those of training, as for every statistic: where later ones are finer, the tick is longer than it need be.
+        midnights of any zone are days: the hour of summer time was taken off when they were read. The stamps
+        are those of training, as for every statistic: where later ones are finer, the tick is longer than it need be.
         """
         if self.clock is not None:
             return self.clock
         common = int(np.gcd.reduce(np.diff(self.times[self.train_rows])))
         return next(tick for tick in CLOCKS if common % tick == 0)
+
+    def inside_ticks(self, times: Ints) -> Bools:
+        """``(Q,)``: moments between two stamps, at which what carries the earlier one counts as known."""
+        return (times - self.times[self.train_rows][0]) % self.tick != 0
 
     @cached_property
     def users(self) -> Ints:
@@ -269,7 +275,9 @@ def prepare_events(files: Sequence[Path], users_path: Path | None, settings: Eve
         arrays["groups"] = table.groups
     for name, count in unknown.items():
         if count:
-            logger.info("column %r: %d events have a category that training does not know", name, count)
+            level = logging.WARNING if count > MOSTLY * (~train).sum() else logging.INFO
+            told = "column %r: %d of %d events after training have a category that it does not know"
+            logger.log(level, told, name, count, (~train).sum())
     return Prepared(
         arrays=arrays,
         user_ids=table.user_ids,

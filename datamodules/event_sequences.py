@@ -1,5 +1,6 @@
 """EventSequencesDataModule: histories of users from CSV and Parquet to batches that can be asked at any time."""
 
+import datetime
 import json
 import logging
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from datamodules.event_preparation import (
     FOREVER,
     EventLog,
     EventSettings,
+    Ints,
     NumericTransform,
     moment,
     open_log,
@@ -45,7 +47,7 @@ NO_PROOF = (
 )
 """Sentence that goes with every report of label checks."""
 
-_FORMAT = 2  # part of the cache's key: raised when the arrays of events change in meaning
+_FORMAT = 3  # part of the cache's key: raised when the arrays of events change in meaning
 
 logger = logging.getLogger(__name__)
 
@@ -412,7 +414,7 @@ class EventSequencesDataModule(LightningDataModule):
                     )
                 rows = check_labels(log, queries, settings.categorical, settings.numeric)
                 self._checks[name] = rows
-                lines = warnings_of(name, rows)
+                lines = [*_inside_ticks(name, log, queries["times"]), *warnings_of(name, rows)]
                 self._warnings += lines
                 for line in lines:
                     logger.warning("%s", line)
@@ -526,3 +528,15 @@ def _date(name: str, value: object) -> int:
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _inside_ticks(name: str, log: EventLog, times: Ints) -> list[str]:
+    inside = log.inside_ticks(times)
+    if not inside.any():
+        return []
+    stamp = datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=int(log.times[log.train_rows][0]))
+    return [
+        f"target {name!r}: {inside.sum()} of {len(times)} queries lie between two stamps of the log's clock, such as "
+        f"{stamp}, which are {datetime.timedelta(microseconds=log.tick)} apart: what carries the earlier one is known "
+        "to them, though it may happen after them"
+    ]

@@ -2,6 +2,7 @@
 
     seqlit audit --config CONFIG [--ckpt_path CHECKPOINT]
     seqlit audit --table EMBEDDINGS --events EVENTS --user_column U --time_column T [--truncated TABLE --cut DATE]
+                 [--events_user_column U --events_time_column T --events_time_unit s] where events name them otherwise
     seqlit audit --events EVENTS --time_column T --cut DATE --write-truncated OUT
 
 The exit status is 1 with a leak and 0 without, so that a continuous integration can use it. A model must have
@@ -40,6 +41,7 @@ OF_MODELS = ("ckpt_path", "target", "n_queries", "n_cuts", "n_users", "tolerance
 """Options that mean nothing without ``--config``."""
 OF_TABLES = (
     *("table", "events", "user_column", "time_column", "embedding_column", "time_unit", "columns"),
+    *("events_user_column", "events_time_column", "events_time_unit"),
     *("truncated", "cut", "write_truncated", "implausible"),
 )
 """Options that mean nothing with it."""
@@ -89,7 +91,8 @@ def audit_main(arguments: list[str]) -> int:
             raise ValueError(
                 "audit: --write_truncated needs --events, --time_column and --cut, and no --table or --truncated"
             )
-        write_truncated(Path(known.events), Path(known.write_truncated), known.time_column, known.time_unit, cut)
+        column, unit = known.events_time_column or known.time_column, known.events_time_unit or known.time_unit
+        write_truncated(Path(known.events), Path(known.write_truncated), column, unit, cut)
         return 0
     if known.table is None:
         raise ValueError("audit: --events needs --table or --write_truncated")
@@ -122,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--events", help="the events it read, CSV or Parquet")
     parser.add_argument("--user_column", default="user")
     parser.add_argument("--time_column", default="time")
+    for name in ("user_column", "time_column", "time_unit"):
+        choices = tuple(MICROSECONDS) if name == "time_unit" else None
+        parser.add_argument(
+            f"--events_{name}", choices=choices, help=f"of the events, if not that of --{name}, of the embeddings"
+        )
     parser.add_argument("--embedding_column", default="embedding", help="of lists; else columns e0, e1, ... are read")
     parser.add_argument("--time_unit", choices=tuple(MICROSECONDS), help="of times that are numbers, since 1970-01-01")
     parser.add_argument(
@@ -179,7 +187,8 @@ def _finish(findings: list[AuditFinding], output: str | None) -> int:
 def _audit_files(known: argparse.Namespace, cut: int | None) -> list[AuditFinding]:
     names: Any = {"user_column": known.user_column, "time_column": known.time_column, "time_unit": known.time_unit}
     embeddings = read_embeddings(Path(known.table), embedding_column=known.embedding_column, **names)
-    events, embeddings = read_events(Path(known.events), embeddings, columns=known.columns, **names)
+    of_events = {name: getattr(known, f"events_{name}") or value for name, value in names.items()}
+    events, embeddings = read_events(Path(known.events), embeddings, columns=known.columns, **of_events)
     truncated = None
     if known.truncated is not None:
         truncated = read_embeddings(Path(known.truncated), embedding_column=known.embedding_column, **names)

@@ -139,7 +139,7 @@ def marked(name: str, target: dict[str, Any], runs: list[dict[str, Any]]) -> str
     """Name of a target with what a reader must know of it: a time of the query that tells the label, few labels."""
     marks = ["depends on the outcome"] if target["outcome_dependent"] else []
     rarest = min(min(one["data"]["targets"][name]["folds"]["test"]["by class"]) for one in runs)
-    if rarest < FEWEST_POSITIVES:
+    if rarest < FEWEST_POSITIVES and target.get("scope") != "next":
         marks.append(f"underpowered: {rarest} test queries of the rarest class")
     return f"{name} ({', '.join(marks)})" if marks else name
 

@@ -30,6 +30,8 @@ MISSING = "<missing>"
 DAY = 86_400_000_000
 """Microseconds of a day."""
 
+HOUR = DAY // 24
+
 _FIRST_ABSOLUTE = 365 * DAY  # 1971: a number below is no point of time but a distance
 _WHY_ABSOLUTE = (
     "times must be absolute (a date, or a number with time_unit since 1970), for a context is what others had done by "
@@ -141,6 +143,7 @@ def read_events(paths: Sequence[Path], columns: EventColumns) -> EventTable:
     if frame.is_empty():
         raise ValueError(f"{paths[0]}: nothing is left of {n_read} rows after where {list(columns.where)}")
     n_kept = frame.height
+    frame = _one_kind_of_integers(frame, paths, columns.user)
     frame, n_duplicates = _without_duplicates(frame, paths, columns)
     if all(path.suffix.lower() != ".parquet" for path in paths):
         frame = frame.with_columns(user=_plain_integers(frame["user"]))
@@ -162,10 +165,19 @@ def read_events(paths: Sequence[Path], columns: EventColumns) -> EventTable:
     if columns.group is not None:
         said = _of_user(frame, paths, "group", columns.group, offsets).replace({"": None, MISSING: None})
         groups = (said.rank("dense").cast(pl.Int64) - 1).fill_null(-1).to_numpy()
+    times, n_moved = without_summer_time(frame["time"].to_numpy().copy())
+    if n_moved:
+        logger.warning(
+            "%s: times are dates in a zone with summer time, %d of %d an hour off the first: they are moved by that "
+            "hour, so that a day is a day",
+            paths[0],
+            n_moved,
+            len(times),
+        )
     return EventTable(
         user_ids=frame["user"].gather(offsets[:-1]).alias("user_id"),
         offsets=offsets,
-        times=frame["time"].to_numpy().copy(),
+        times=times,
         codes=codes,
         names=names,
         numbers=numbers,
@@ -218,8 +230,8 @@ def _read(path: Path, columns: EventColumns) -> tuple[pl.DataFrame, int]:
     for ours, theirs in (("group", columns.group), ("fold", columns.fold)):
         if theirs is not None:
             # As the file says it: as a number two long ids would be one.
-            chosen[ours] = said.get(theirs, pl.col(theirs)).cast(pl.String)
-    chosen |= {f"text {place}": pl.col(name).cast(pl.String) for place, name in enumerate(columns.texts)}
+            chosen[ours] = said[theirs] if theirs in said else _name(theirs, schema[theirs])
+    chosen |= {f"text {place}": _name(name, schema[name]) for place, name in enumerate(columns.texts)}
     for place, name in enumerate(columns.numbers):
         if not (schema[name].is_numeric() or schema[name] in (pl.String, pl.Boolean, pl.Null)):
             raise ValueError(f"{path}: column {name!r} (numeric) must hold numbers, got {schema[name]}")
@@ -318,6 +330,9 @@ def _open(
     for name, dtype in schema.items():
         if name in as_text or dtype not in (pl.Int64, pl.Float64):
             schema[name] = pl.String()
+            if name in columns.texts and dtype in (pl.Int64, pl.Float64):
+                # As of Parquet: what was written for want of a cell as 5411.0 is the 5411 of another file.
+                rows = rows.with_columns(pl.col(name).str.replace(r"^(-?\d+)\.0+$", "${1}"))
             continue
         said[name] = pl.col(f"said {name}")
         if name not in (columns.time, columns.order):
@@ -349,6 +364,16 @@ def _outcome(path: Path, argument: str, text: str, schema: dict[str, pl.DataType
     if len(outcome):
         raise ValueError(f"{argument}: {text!r} must be computed row by row, it gives one value for all rows")
     return outcome
+
+
+def _name(column: str, dtype: pl.DataType) -> pl.Expr:
+    """Cells as names. Whole numbers are named alike whether a file holds integers or, for want of a cell, floats."""
+    value = pl.col(column)
+    if not dtype.is_float():
+        return value.cast(pl.String)
+    value = value.fill_nan(None)
+    whole = (value == value.round()) & (value.abs() <= 2**53)
+    return pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(value.cast(pl.String))
 
 
 def _for_times(columns: EventColumns) -> Columns:
@@ -393,6 +418,44 @@ def _without_duplicates(frame: pl.DataFrame, paths: Sequence[Path], columns: Eve
 def _plain_integers(ids: pl.Series) -> pl.Series:
     numbers = ids.cast(pl.Int64, strict=False)
     return numbers if not numbers.has_nulls() and (numbers.cast(pl.String) == ids).all() else ids
+
+
+def _one_kind_of_integers(frame: pl.DataFrame, paths: Sequence[Path], column: str) -> pl.DataFrame:
+    """Ids of files with signed and unsigned integers meet in 128 bits, which nothing here reads."""
+    if frame["user"].dtype != pl.Int128:
+        return frame
+    for kind in (pl.Int64, pl.UInt64):
+        ids = frame["user"].cast(kind, strict=False)
+        if not ids.has_nulls():
+            return frame.with_columns(user=ids)
+    raise ValueError(
+        f"{paths[-1]}: column {column!r} (user_column): negative ids here or in {paths[0]}, and others beyond "
+        f"{2**63 - 1}: no integer of 64 bits holds both"
+    )
+
+
+def without_summer_time(times: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """Dates of a zone with summer time as dates of one offset from UTC, so that days are days.
+
+    Midnights of such a zone are 23, 24 or 25 hours apart: in UTC they look like hours, and a query an hour after one
+    would see all that carries its date. Taken for dates are stamps at least 23 hours apart that have just two times of
+    the day, an hour or less from each other; those that have not the first stamp's are moved to it.
+
+    Args:
+        times: ``(E,)`` microseconds.
+
+    Returns:
+        Times ``(E,)``, and how many were moved.
+    """
+    stamps = np.unique(times)
+    of_day = np.unique(stamps % DAY)
+    if len(of_day) != 2 or np.diff(stamps).min() < 23 * HOUR:
+        return times, 0
+    ahead = (times - stamps[0]) % DAY  # 0 of the first stamp's offset, else the hour or, before midnight, a day less it
+    shift = np.where(ahead > DAY // 2, ahead - DAY, ahead)
+    if np.abs(shift).max() > HOUR:
+        return times, 0
+    return times - shift, int((shift != 0).sum())
 
 
 def _dense(column: pl.Series) -> NDArray[np.int64]:

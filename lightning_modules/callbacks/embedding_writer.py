@@ -25,7 +25,9 @@ def embeddings_frame(found: Embeddings) -> pl.DataFrame:
     Raises:
         ValueError: If a number of an embedding is not finite.
     """
-    users = pl.Series("user", found.user_ids)
+    # The type of all ids: those of influential users may need more bits than those that are asked.
+    kind = pl.Series([*found.user_ids, *(user for row in found.top_users for user in row)]).dtype
+    users = pl.Series("user", found.user_ids, dtype=kind)
     if found.top_weights is None:
         weights: list[list[float]] = [[] for _ in found.top_users]
     else:

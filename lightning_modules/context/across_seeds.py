@@ -60,6 +60,7 @@ def merge_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         helps = [run["helps"] for run in runs]
         targets[name] = {
             "description": runs[0]["description"],
+            "scope": runs[0].get("scope"),
             "outcome_dependent": runs[0]["outcome_dependent"],
             "underpowered": any(run["underpowered"] for run in runs),
             "arms": rows,

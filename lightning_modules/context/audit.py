@@ -21,10 +21,11 @@ from lightning_modules.context.visible import FOREVER, Events
 
 UNSEEN = {
     "fitted statistics": (
-        "a call fits none, but events came coded and normalised by what was fitted before. To see: write the events "
-        "before a moment soon after training ends (--write_truncated) and test this checkpoint on them "
-        "(data.init_args.paths, test_start before that moment); a data module that keeps its state in the checkpoint "
-        "refuses where anything fitted differs"
+        "a call fits none, but events came coded and normalised by what was fitted before. To see: split by time, "
+        "write the events before a moment soon after training ends (--write_truncated) and test this checkpoint on "
+        "them (data.init_args.paths, test_start before that moment); split by users, where training has no end, give "
+        "the events of test users other values and test on that file. A data module that keeps its state in the "
+        "checkpoint refuses where anything fitted differs"
     ),
     "labels": (
         "labels were exchanged after features were made, and a call reads none. To see: predict with this checkpoint "

@@ -61,7 +61,9 @@ class EmbeddingTable:
 class Past:
     """Where rows stand among the sorted events: composite keys of (user, rank of time).
 
-    ``times (N,)`` are the moments before which everything is known to a row, by the ties.
+    ``times (N,)`` are the moments before which everything is known to a row, by the ties. With strict ties an event
+    stamped t may happen until the next tick of the log's clock (``clock_of``): a row inside a tick, such as one at 9:00
+    on a log of dates, does not know what carries the stamp of its beginning. ``inside (N,)`` marks these.
     """
 
     def __init__(self, events: EventTable, table: EmbeddingTable, ties: Ties) -> None:
@@ -71,7 +73,11 @@ class Past:
         self.keys = events.users * self.size + np.searchsorted(self.moments, events.times)
         # Times are whole microseconds: what is known at t, ties included, lies before t + 1.
         self.users, self.times = table.users, table.times + (ties == "inclusive")
-        self.ties = ties
+        self.ties, self.tick = ties, clock_of(self.moments)
+        stamps = self.moments[np.maximum(np.searchsorted(self.moments, table.times, side="right") - 1, 0)]
+        gap = table.times - stamps
+        self.inside = (gap > 0) & (gap < self.tick) & (ties == "strict")
+        self.times = np.where(self.inside, stamps, self.times)
         self.sorted_times = np.sort(events.times)
 
     def before(self, times: Integers) -> Integers:
@@ -83,13 +89,28 @@ class Past:
         return np.searchsorted(self.sorted_times, times)
 
     def own_at_t(self) -> NDArray[np.bool_]:
-        """``(N,)``: rows whose user has an event at exactly t that the ties hide from them."""
+        """``(N,)``: rows whose user has an event at t, or at the tick that t lies in, that ties hide from them."""
         return (self.before(self.times + 1) > self.before(self.times)) & (self.ties == "strict")
 
     def following(self) -> tuple[Integers, NDArray[np.bool_]]:
         """``(N,)`` twice: the first own event that a row does not know, any event without one, and which have one."""
         now, end = self.before(self.times), np.searchsorted(self.keys, (self.users + 1) * self.size)
         return np.minimum(now, len(self.keys) - 1), now < end
+
+
+def clock_of(moments: Integers) -> int:
+    """Microseconds between two stamps of a log, increasing ``moments``: what divides all distances, at most a day.
+
+    Dates of a zone with summer time, which are 23, 24 or 25 hours apart, are days too.
+    """
+    gaps = np.diff(moments)
+    tick = int(np.gcd.reduce(gaps, initial=MICROSECONDS_PER_DAY))
+    if tick < MICROSECONDS_PER_DAY and gaps.min() >= MICROSECONDS_PER_DAY * 23 // 24:
+        ahead = (moments - moments[0]) % MICROSECONDS_PER_DAY
+        off = np.unique(np.minimum(ahead, MICROSECONDS_PER_DAY - ahead))
+        if len(off) == 2 and off[1] <= MICROSECONDS_PER_DAY // 24:
+            return MICROSECONDS_PER_DAY
+    return tick
 
 
 def past_features(table: EmbeddingTable, events: EventTable, windows: Sequence[int], ties: Ties = "strict") -> Array:

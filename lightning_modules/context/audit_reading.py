@@ -72,12 +72,13 @@ def times_of(path: Path, frame: pl.DataFrame, column: str, unit: str | None) -> 
         frame: Its table.
         column: Dates, times, ISO 8601 text, or numbers of ``unit``.
         unit: ``"s"``, ``"ms"``, ``"us"`` or ``"days"`` since 1970-01-01; None if the column holds no numbers.
+            Columns of dates and times have their own.
 
     Raises:
         ValueError: If a cell is no time, or numbers come without a unit.
     """
     said = column_of(path, frame, column, "time_column")
-    if unit is not None:
+    if unit is not None and not (said.dtype == pl.Date or isinstance(said.dtype, pl.Datetime)):
         exact = said.cast(pl.Int64, strict=False) if said.dtype == pl.String else said
         numbers = exact if exact.null_count() == 0 else said.cast(pl.Float64, strict=False)
         if not numbers.dtype.is_numeric():

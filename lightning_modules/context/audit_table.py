@@ -58,7 +58,8 @@ def audit_table(
     the variance that the past leaves open and the embedding explains exceeds ``implausible``: then either the future
     is in it, or the process is nearly deterministic; below they are information.
 
-    With strict ties an own event at exactly the time t of a row is its future. Truncated events keep it wherever t is
+    With strict ties an own event at exactly the time t of a row is its future, and so is one of the tick of the log's
+    clock that t lies in: at 9:00 what is stamped with the date may be to come. Truncated events keep it wherever t is
     before the cut, so rows that have one are a check of their own, ``own event at t``, which nothing clears. With
     inclusive ties events at t are known, and there are no such rows.
 
@@ -119,7 +120,8 @@ def _associations(
     gaps = np.diff(events.times)[events.users[1:] == events.users[:-1]]
     gap = int(np.median(gaps[gaps > 0])) if (gaps > 0).any() else MICROSECONDS_PER_DAY
     windows = [max(gap // 4, 1), gap, 4 * gap]
-    at_t = Past(events, table, ties).own_at_t()
+    standing = Past(events, table, ties)
+    at_t, ticks = standing.own_at_t(), _ticks(standing)
     kinds = {"own future": ~at_t}
     if at_t.any():
         kinds["own event at t"] = at_t
@@ -137,13 +139,27 @@ def _associations(
         if removed is not None and not tied:
             near = _with_removed(table, np.flatnonzero(kind), removed, n_rows, random)
             uncleared = partial(_uncleared, *near, events, windows, ties, implausible, removed, random)
-        found.append(_told(name, some, past, outcomes, implausible, uncleared, tied, random))
+        found.append(_told(name, some, past, outcomes, implausible, uncleared, ticks if tied else None, random))
     if ties == "inclusive":
         words = "events at the moment of a row are declared as known"
         return [*found, AuditFinding("same moment", "information", words=words)]
     some = _drawn(table, n_rows, random)
     past, outcomes = past_features(some, events, windows), moment_outcomes(some, events)
-    return [*found, _told("same moment", some, past, outcomes, implausible, None, True, random)]
+    return [*found, _told("same moment", some, past, outcomes, implausible, None, ticks, random)]
+
+
+def _ticks(standing: Past) -> str:
+    """What is said of rows inside a tick of the log's clock; nothing where there are none."""
+    n_inside = int(standing.inside.sum())
+    if not n_inside:
+        return ""
+    tick = {1: "1 microsecond", 1000: "1 millisecond", 10**6: "1 second", 60 * 10**6: "1 minute"}
+    tick |= {3600 * 10**6: "1 hour", MICROSECONDS_PER_DAY: "1 day"}
+    long = tick.get(standing.tick, f"{standing.tick / 1e6:g} seconds")
+    return (
+        f"; events are stamped every {long}, {n_inside} rows lie between two stamps, and what carries the earlier one "
+        "may happen after them"
+    )
 
 
 def _drawn(table: EmbeddingTable, n_rows: int, random: np.random.Generator) -> EmbeddingTable:
@@ -172,10 +188,14 @@ def _told(
     outcomes: dict[str, Array],
     implausible: float,
     uncleared: Callable[[dict[str, float]], dict[str, str]] | None,
-    tied: bool,
+    ticks: str | None,
     random: np.random.Generator,
 ) -> AuditFinding:
-    """How well embeddings tell outcomes; ``tied`` ones may come from an event at t, which truncated events keep."""
+    """How well embeddings tell outcomes.
+
+    With ``ticks``, which are words, they may come from an event at t, which truncated events keep.
+    """
+    tied = ticks is not None
     scores = {
         outcome: explained(table, past, values, random)
         for outcome, values in outcomes.items()
@@ -200,7 +220,7 @@ def _told(
         if why[outcome]:
             words += f"; truncated events do not clear it: {why[outcome]}"
         if tied:
-            words += "; truncated events do not clear it, they keep the events at t"
+            words += f"{ticks}; truncated events do not clear it, they keep the events at t"
         if tied and name != "same moment":
             words += (
                 ", which strict ties count as future: a table of states after each event, stamped with its time, "

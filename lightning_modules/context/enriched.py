@@ -259,6 +259,9 @@ class EnrichedEncoder(nn.Module):
         wrong = next((name for name in aggregators if "." in name), None)
         if not aggregators or wrong is not None:
             raise ValueError(f"aggregators must be at least one, by names without '.', got {list(aggregators)}")
+        taken = next((name for name in aggregators if hasattr(nn.ModuleDict, name) or name == "training"), None)
+        if taken is not None:
+            raise ValueError(f"an aggregator cannot be named {taken!r}, as modules of torch have an attribute of it")
         arm_names(list(aggregators))  # which refuses those of controls
         rules = (rules or ContextRules()).settled(published=published)
         if encoder.max_length is not None and (rules.window or 0) > encoder.max_length:

@@ -102,9 +102,10 @@ def findings(
         and ``judged``: ``control``, ``gain``, ``standard_error``, ``p``, ``adjusted_p``, ``adjusted_interval``,
         ``helps`` (None where it beats what there is and a control is missing); ``chosen`` on validation; ``helps``;
         ``verdict``; ``n_positives``, queries outside the commonest class; ``n_rarest``, those of the rarest class, and
-        ``underpowered``, whether they are too few; ``smallest_detectable``, 1.96 standard errors of the judged gain of
-        the chosen arm; ``by_history`` and ``by_recency``, gains of the chosen arm in quartiles. ``attention``, ``bank``
-        and the settings.
+        ``underpowered``, whether they are too few, or, where the next type is asked, of whose many classes the rare
+        ones hardly count, those outside the commonest; ``smallest_detectable``, 1.96 standard errors of the judged gain
+        of the chosen arm; ``by_history`` and ``by_recency``, gains of the chosen arm in quartiles. ``attention``,
+        ``bank`` and the settings.
 
     Raises:
         ValueError: If a target has no arm ``own`` or no test query, ``measure`` is unknown, ``n_resamples`` is below 1
@@ -197,7 +198,7 @@ def _target(target: TargetStudy, n_resamples: int, level: float, measure: Measur
         "n_users": len(np.unique(arms.users)),
         "n_positives": n_positives,
         "n_rarest": n_rarest,
-        "underpowered": n_rarest < FEWEST_POSITIVES,
+        "underpowered": (n_positives if target.scope == "next" else n_rarest) < FEWEST_POSITIVES,
         "smallest_detectable": smallest,
         "chosen": chosen,
         "arms": rows,
@@ -279,7 +280,10 @@ def _verdict(found: Mapping[str, Any], measure: Measure) -> str:
         text += f"; over own history alone it is {_amount(over_own, measure)}"
     if found["underpowered"]:
         smallest = found["smallest_detectable"]
-        few = f"{found['n_rarest']} {'positives' if found['n_classes'] == 2 else 'queries of the rarest class'}"
+        what = "positives" if found["n_classes"] == 2 else "queries of the rarest class"
+        few = f"{found['n_rarest']} {what}"
+        if found["scope"] == "next":
+            few = f"{found['n_positives']} queries outside the commonest class"
         text += f". Underpowered: {few}, differences below {smallest:.4f} cannot be seen"
     if found["outcome_dependent"]:
         text += ". The time of a query depends on its label: no forecast"

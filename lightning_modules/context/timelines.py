@@ -82,6 +82,8 @@ class _Whole(Timeline):
     def __init__(self, bank: ContextBank) -> None:
         super().__init__(bank.visibility)
         self.bank = bank
+        # Those of now: after a refresh of the bank sums of others would be beside them.
+        self._states = bank.states
         self.users, self.offsets = bank.context_users, bank.offsets
         small = torch.int32 if len(bank.times) < 2**31 else torch.int64
         order = bank.times.argsort(stable=True)
@@ -93,7 +95,7 @@ class _Whole(Timeline):
 
     @property
     def states(self) -> Tensor:
-        return self.bank.states
+        return self._states
 
     @property
     def times(self) -> Tensor:

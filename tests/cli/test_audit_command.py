@@ -201,6 +201,28 @@ def test_tables_end_to_end(tmp_path, capsys, leaky, ending):
     assert said.startswith("leak         truncated events" if leaky else "clean        truncated events")
 
 
+def test_events_may_name_their_columns_otherwise(tmp_path, capsys):
+    """A table as ``predict`` writes it, with ``user`` and ``time``, beside events as a shop has them."""
+    frame, pipeline, write = events_and_tables(tmp_path, leaky=True)
+    table = write(pipeline(frame).rename({"client": "user", "when": "time"}), "table")
+    seconds = write(frame.with_columns(when=pl.col("when").dt.epoch("s")), "events")
+    names = ["--events-user-column", "client", "--events-time-column", "when", "--events-time-unit", "s"]
+    status = audit_main(["--table", table, "--events", seconds, *names])
+    said = capsys.readouterr().out
+    plain = write(pipeline(frame), "plain"), write(frame, "plain_events")
+    columns = ["--user_column", "client", "--time_column", "when"]
+    assert status == audit_main(["--table", plain[0], "--events", plain[1], *columns])
+    assert said == capsys.readouterr().out
+    # A unit is for numbers: a column of dates has its own.
+    assert status == audit_main(["--table", plain[0], "--events", seconds, *columns, "--time_unit", "s"])
+    assert (
+        audit_main(["--events", seconds, *names, "--cut", "1970-02-20", "--write-truncated", f"{tmp_path}/o.parquet"])
+        == 0
+    )
+    with pytest.raises(ValueError, match="--events_user_column cannot be used with --config"):
+        audit_main(["--config", "a.yaml", "--events_user_column", "client"])
+
+
 @pytest.mark.parametrize(("ties", "leaks"), [("strict", {"own event at t"}), ("inclusive", set())])
 def test_ties_of_a_table(tmp_path, ties, leaks):
     """The state after each event, stamped with its time, is known with inclusive ties alone."""

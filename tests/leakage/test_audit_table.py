@@ -138,8 +138,9 @@ def test_truncated_events_decide():
 def test_a_clean_exact_check_overrules_the_statistical_one():
     """Here the next amount is known from the past: a nearly deterministic process."""
     events, (users, times) = make_events(), make_queries()
-    # Truncated events decide only where no own event stands at the very moment.
+    # Truncated events decide only where no own event stands at the very moment, or in the tick that it lies in.
     times = times + DAY // 2
+    events.times[-1] += 1
     known = events.values["amount"].copy()
     last = np.zeros(N_USERS)
     for row, user in enumerate(events.users):

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from lightning_modules.context.audit_findings import exit_code
-from lightning_modules.context.audit_outcomes import EmbeddingTable, EventTable, future_outcomes, past_features
+from lightning_modules.context.audit_outcomes import (
+    EmbeddingTable,
+    EventTable,
+    Past,
+    clock_of,
+    future_outcomes,
+    past_features,
+)
 from lightning_modules.context.audit_table import audit_table
 from lightning_modules.context.audit_truncated import compare_truncated
 
@@ -160,6 +167,38 @@ def test_a_day_of_several_own_events_is_found(whole):
     assert "own event at t" in leaks(audit_table(table, events))
 
 
+@pytest.mark.parametrize(("hours", "clock"), [(0, "days"), (9, "days"), (9, "microseconds")])
+def test_what_carries_a_date_may_happen_after_nine_of_it(hours, clock):
+    """On a log of dates an embedding at 9:00 that tells the amounts of its date is no cleaner than one at 0:00."""
+    events = make_events()
+    if clock == "microseconds":
+        events.times[-1] += 1  # so that a stamp is a moment
+    table = at_events(events, own_amount)
+    table = EmbeddingTable(table.users, table.times + hours * DAY // 24, table.vectors, NAMES)
+    found = {finding.name: finding for finding in audit_table(table, events)}
+    if clock == "microseconds":
+        assert all(finding.status != "leak" for finding in found.values())
+        return
+    assert found["own event at t"].status == "leak"
+    said = "events are stamped every 1 day, " in found["own event at t"].words
+    assert said == (hours == 9)
+    inclusive = audit_table(table, events, ties="inclusive")
+    assert all(finding.status != "leak" for finding in inclusive)
+
+
+def test_the_clock_of_a_log_is_what_divides_its_distances():
+    hour = DAY // 24
+    assert clock_of(np.array([3, 3 + 5 * DAY, 3 + 7 * DAY])) == DAY
+    assert clock_of(np.array([3, 3 + 5 * hour, 3 + 7 * hour])) == hour
+    assert clock_of(np.array([3, 4])) == 1
+    assert clock_of(np.array([3])) == DAY
+    # midnights of Berlin: an hour earlier in summer
+    berlin = np.array([0, DAY, 2 * DAY - hour, 3 * DAY - hour, 4 * DAY])
+    assert clock_of(berlin) == DAY
+    assert clock_of(np.append(berlin, 5 * DAY + 2 * hour)) == hour
+    assert clock_of(np.append(berlin, 4 * DAY + hour)) == hour, "two on a date are no dates"
+
+
 def test_few_rows_of_each_kind_are_judged_together():
     events = make_events()
     random = np.random.default_rng(3)
@@ -171,13 +210,20 @@ def test_few_rows_of_each_kind_are_judged_together():
 
 
 @pytest.mark.parametrize("ties", ["strict", "inclusive"])
-def test_what_is_known_and_what_is_not_equal_loops(ties):
+@pytest.mark.parametrize("clock", ["days", "microseconds"])
+def test_what_is_known_and_what_is_not_equal_loops(ties, clock):
     events = make_events()
     table = at_events(events, own_amount).take(np.arange(0, 1500, 7))
     table.times[::3] += DAY // 2
+    if clock == "microseconds":
+        events.times[-1] += 1
     past, own = past_features(table, events, [10 * DAY], ties), future_outcomes(table, events, [10 * DAY], ties)
     following = "the own event at or after t" if ties == "strict" else "the next own event"
+    standing = Past(events, table, ties)
+    assert standing.inside.any() == (clock == "days" and ties == "strict")
     for row, (user, time) in enumerate(zip(table.users, table.times, strict=True)):
+        if clock == "days" and ties == "strict" and (events.times == time - time % DAY).any():
+            time -= time % DAY  # what is stamped with the date may come at any hour of it
         mine, known = events.users == user, events.times < time if ties == "strict" else events.times <= time
         # logarithms of the same integers
         assert past[row, 3] == pytest.approx(np.log1p((mine & known).sum()), abs=1e-12)

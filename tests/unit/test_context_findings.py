@@ -17,7 +17,9 @@ ARMS = arm_names(["kernel"], gaussian=False, constant=False)
 FOLDS = 3
 
 
-def target(labels, test, *, users=None, n_classes=2, name="churn", outcome_dependent=False, recency=None):
+def target(
+    labels, test, *, users=None, n_classes=2, name="churn", outcome_dependent=False, recency=None, scope="local"
+):
     """A study of one target from probabilities of class 1, or of all classes, by arm; validation is the test here."""
     labels = torch.as_tensor(labels)
     n = len(labels)
@@ -28,7 +30,7 @@ def target(labels, test, *, users=None, n_classes=2, name="churn", outcome_depen
     return TargetStudy(
         name=name,
         description="no event in the next 30 days",
-        scope="local",
+        scope=scope,
         n_classes=n_classes,
         outcome_dependent=outcome_dependent,
         labels=labels,
@@ -218,6 +220,23 @@ def test_of_several_classes_the_rarest_decides_whether_labels_are_few():
     assert (few["n_rarest"], few["underpowered"]) == (49, True)
     assert "Underpowered: 49 queries of the rarest class, differences below" in few["verdict"]
     assert (found(np.repeat([0, 1], [300, 260]))["n_rarest"]) == 0, "a class that no query has is the rarest"
+
+
+def test_of_next_types_those_that_hardly_occur_do_not_make_labels_few():
+    """Each class counts as often as it is asked for: of a hundred types some are always missing."""
+
+    def found(labels, scope):
+        random = np.random.default_rng(0)
+        test = {arm: random.dirichlet(np.ones(9), len(labels)) for arm in ("own", "kernel")}
+        study = ContextStudy(targets=(target(labels, test, n_classes=9, scope=scope),), split="users")
+        return findings(study, n_resamples=20)["targets"]["churn"]
+
+    many = np.repeat(np.arange(6), [400, 100, 60, 40, 3, 1])
+    assert found(many, "local")["underpowered"] is True
+    assert found(many, "next")["underpowered"] is False
+    few = found(np.repeat(np.arange(3), [500, 30, 19]), "next")
+    assert (few["n_rarest"], few["n_positives"], few["underpowered"]) == (0, 49, True)
+    assert "Underpowered: 49 queries outside the commonest class, differences below" in few["verdict"]
 
 
 def test_quartiles_partition_the_queries_and_leave_out_nothing():

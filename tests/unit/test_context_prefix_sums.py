@@ -183,6 +183,18 @@ def test_sums_that_rounding_swallowed_are_named_and_never_nan(sizes, lost, dtype
             torch.testing.assert_close(found[row].double(), expected, rtol=0, atol=2e-4)
 
 
+def test_sums_of_a_bank_stay_those_of_its_states_when_it_is_refreshed():
+    bank, times, users = problem()[:3]
+    sums = PrefixMean.build(bank, block=4), PrefixMoments.build(bank, features, block=4)
+    query = features(torch.randn(len(times), bank.states.shape[1])).to(bank.states)
+    before = sums[0].mean(times, users), sums[1].lookup(query, times, users)
+    bank.refresh(bank.states + 100)
+    after = sums[0].mean(times, users), sums[1].lookup(query, times, users)
+    for one, other in zip(before, after, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert float((PrefixMean.build(bank, block=4).mean(times, users)[0] - after[0][0]).abs().max()) > 50
+
+
 def test_bank_and_sums_hold_at_most_a_quarter_beyond_the_states_and_the_raw_events():
     """Three events a user, as in ``scripts/bench_context.py``; user and time of each event are the raw ones."""
     n_users, each, d = 20_000, 3, 64

@@ -40,6 +40,12 @@ def embeddings(users=("b", "a", "b"), *, top=None, weights=True, seed=0):
     )
 
 
+def test_the_users_that_are_asked_may_have_smaller_numbers_than_those_that_influence_them():
+    frame = embeddings_frame(embeddings((1, 2, 1), top=[[2**63 + 1], [], [2]]))
+    assert frame["user"].to_list() == [1, 2, 1]
+    assert frame["top_users"].to_list() == [[2**63 + 1], [], [2]]
+
+
 class Predicts(LightningModule):
     """Returns one of the given outcomes a batch."""
 

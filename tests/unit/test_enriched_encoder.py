@@ -153,6 +153,12 @@ def test_a_flag_tells_where_nobody_is_visible(events, n_users):
         assert 0 < vectors[:, -1].sum() < len(users)
 
 
+@pytest.mark.parametrize("name", ["items", "type", "train", "training", "forward"])
+def test_names_that_modules_of_torch_have_are_refused(name):
+    with pytest.raises(ValueError, match=f"an aggregator cannot be named '{name}', as modules of torch"):
+        enriched({name: Mean})
+
+
 def test_sums_over_time_give_what_the_look_up_gives(events, monkeypatch):
     """Mean and linear kernel over all users have a shortcut; a limit that hides nothing takes the long way."""
     everybody = torch.arange(len(events["offsets"]) - 1)

@@ -1,5 +1,6 @@
 """Reading of event files: equal results from equal data, and one clear line for each kind of bad input."""
 
+import datetime
 import gzip
 import logging
 import re
@@ -8,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from datamodules.sources.events import DAY, MISSING, EventColumns, read_events
+from datamodules.sources.events import DAY, MISSING, EventColumns, read_events, without_summer_time
 
 
 def columns(**arguments) -> EventColumns:
@@ -78,6 +79,79 @@ def test_unsorted_rows_are_sorted_and_ties_follow_the_order_column(tmp_path, fra
     back = read_events([tmp_path / "back.parquet"], by_place)
     expected = frame.sort("user", "time", "place", descending=[False, False, True])["amount"]
     assert back.numbers[:, 0].tolist() == expected.to_list()
+
+
+def test_whole_numbers_are_named_alike_whatever_a_file_holds_them_as(tmp_path):
+    """Whoever misses one cell of a column of integers writes floats."""
+    day = pl.Series([1_600_000_000, 1_600_000_100]).cast(pl.Int64) * 10**6
+    rows = {"user": [1, 2], "time": day.cast(pl.Datetime("us")), "amount": [1.0, 2.0]}
+    pl.DataFrame(rows | {"kind": [5411, 5812]}).write_parquet(tmp_path / "whole.parquet")
+    pl.DataFrame(rows | {"user": [3, 4], "kind": [5411.0, None]}).write_parquet(tmp_path / "missing.parquet")
+    pl.DataFrame(rows | {"user": [5, 6], "kind": [5812.0, float("nan")]}).write_parquet(tmp_path / "nan.parquet")
+    rows = rows | {"time": ["2020-01-01", "2020-01-02"]}
+    pl.DataFrame(rows | {"user": [7, 8], "kind": ["5411.0", None]}).write_csv(tmp_path / "text.csv")
+    pl.DataFrame(rows | {"user": [9, 10], "kind": ["5411.5", "5411.0"]}).write_csv(tmp_path / "half.csv")
+    files = [tmp_path / name for name in ("whole.parquet", "missing.parquet", "nan.parquet")]
+    found = read_events(files, columns())
+    assert [found.names[0][code] for code in found.codes[:, 0]] == ["5411", "5812", "5411", MISSING, "5812", MISSING]
+    found = read_events([tmp_path / "text.csv", tmp_path / "half.csv"], columns())
+    assert [found.names[0][code] for code in found.codes[:, 0]] == ["5411", MISSING, "5411.5", "5411"]
+    pl.DataFrame({"user": ["1.0"], "time": ["2020-01-01"], "kind": ["v1.0"], "amount": [1]}).write_csv(
+        tmp_path / "version.csv"
+    )
+    assert read_events([tmp_path / "version.csv"], columns()).names[0] == ["v1.0"], "no number, and stays as it is"
+
+
+def test_signed_and_unsigned_ids_meet(tmp_path):
+    rows = {"time": pl.Series([1_600_000_000] * 2) * 10**6, "kind": ["a", "b"], "amount": [1.0, 2.0]}
+    frame = pl.DataFrame(rows).with_columns(pl.col("time").cast(pl.Datetime("us")))
+    frame.with_columns(user=pl.Series([1, 2], dtype=pl.UInt64)).write_parquet(tmp_path / "unsigned.parquet")
+    frame.with_columns(user=pl.Series([3, 2**63 - 1], dtype=pl.Int64)).write_parquet(tmp_path / "signed.parquet")
+    frame.with_columns(user=pl.Series([3, 2**63], dtype=pl.UInt64)).write_parquet(tmp_path / "large.parquet")
+    frame.with_columns(user=pl.Series([-3, 4], dtype=pl.Int64)).write_parquet(tmp_path / "negative.parquet")
+
+    def ids(*names):
+        return read_events([tmp_path / f"{name}.parquet" for name in names], columns()).user_ids.to_list()
+
+    assert ids("unsigned", "signed") == [1, 2, 3, 2**63 - 1]
+    assert ids("unsigned", "large") == [1, 2, 3, 2**63]
+    assert ids("unsigned", "negative") == [-3, 1, 2, 4]
+    with pytest.raises(ValueError, match=r"negative.parquet: column 'user' \(user_column\): negative ids"):
+        ids("large", "negative")
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "Europe/London", "America/New_York", "Pacific/Auckland", "UTC"])
+def test_dates_of_a_zone_with_summer_time_are_days_apart(tmp_path, caplog, zone):
+    days = pl.date_range(datetime.date(2021, 2, 1), datetime.date(2022, 1, 31), "1d", eager=True)
+    frame = pl.DataFrame({"user": np.arange(len(days)) % 7, "time": days, "kind": "a", "amount": np.arange(len(days))})
+    frame.with_columns(pl.col("time").cast(pl.Datetime("us")).dt.replace_time_zone(zone)).write_parquet(
+        tmp_path / "zone.parquet"
+    )
+    with caplog.at_level(logging.WARNING, logger="datamodules"):
+        found = read_events([tmp_path / "zone.parquet"], columns())
+    assert np.unique(np.diff(np.unique(found.times))).tolist() == [DAY]
+    assert ("dates in a zone with summer time" in caplog.text) == (zone != "UTC")
+    # Before its first change of the clock, a file that ends there tells the same.
+    frame.head(20).with_columns(pl.col("time").cast(pl.Datetime("us")).dt.replace_time_zone(zone)).write_parquet(
+        tmp_path / "winter.parquet"
+    )
+    early = read_events([tmp_path / "winter.parquet"], columns())
+    assert np.isin(early.times, found.times).all()
+
+
+def test_hours_are_not_taken_for_summer_time():
+    hour = DAY // 24
+    for stamps in (
+        [0, DAY, 2 * DAY + hour, 2 * DAY + 2 * hour],
+        [0, DAY + 2 * hour, 2 * DAY],
+        [0, hour],
+        [0, 1, DAY],
+        [5],
+    ):
+        times, n_moved = without_summer_time(np.array(stamps))
+        assert (times.tolist(), n_moved) == (stamps, 0)
+    times, n_moved = without_summer_time(np.array([0, 3 * DAY + hour, 3 * DAY + hour, 5 * DAY]))
+    assert (times.tolist(), n_moved) == ([0, 3 * DAY, 3 * DAY, 5 * DAY], 2)
 
 
 def test_how_many_rows_are_unsorted_is_said_in_one_line_a_file(tmp_path, caplog):

@@ -146,7 +146,9 @@ def test_unknown_categories_are_counted(module, caplog):
         facts = module(**BY_TIME).report_facts()
     n_late = facts["counts"]["unknown categories after training"]["kind"]
     assert n_late > 0
-    assert f"column 'kind': {n_late} events have a category that training does not know" in caplog.text
+    n_after = facts["counts"]["events"] - facts["counts"]["train events"]
+    told = f"column 'kind': {n_late} of {n_after} events after training have a category that it does not know"
+    assert told in caplog.text
 
 
 def test_missing_numbers_are_the_mean_where_allowed(module, folder, tmp_path, events):
@@ -341,6 +343,31 @@ def test_warnings_reach_the_logger_and_the_report(module, tmp_path, events, capl
         warnings = module(paths=str(path), targets=targets).report_facts()["warnings"]
     assert any("target 'gone': zero of 'amount' tells the label, two-sided AUC 1.000" in line for line in warnings)
     assert all(line in caplog.text for line in warnings)
+
+
+def test_queries_inside_a_day_of_a_log_of_dates_are_warned_of(module, tmp_path, events, caplog):
+    path = tmp_path / "dates.parquet"
+    events.with_columns(pl.col("time").dt.truncate("1d")).write_parquet(path)
+    rules = {"whole": AfterDelay(2), "nine": CalendarDates(dates=["2020-05-01T09:00"]), "quarter": AfterDelay(0.25)}
+    targets = {name: NoEventWithin(rule, 5) for name, rule in rules.items()}
+    with caplog.at_level(logging.WARNING, logger="datamodules"):
+        warnings = module(paths=str(path), targets=targets).report_facts()["warnings"]
+    inside = [line for line in warnings if "lie between two stamps" in line]
+    assert [line.split("'")[1] for line in inside] == ["nine", "quarter"]
+    assert all("which are 1 day, 0:00:00 apart: what carries the earlier one is known" in line for line in inside)
+    assert all(line in caplog.text for line in inside)
+    finer = module(targets=targets).report_facts()["warnings"]
+    assert not any("lie between two stamps" in line for line in finer), "of a finer clock they are stamps"
+
+
+def test_a_vocabulary_that_knows_hardly_anything_is_warned_of(module, tmp_path, events, caplog):
+    path = tmp_path / "renamed.parquet"
+    late = pl.col("time") >= datetime.datetime(2020, 5, 1)
+    events.with_columns(kind=pl.when(late).then(pl.lit("new ") + pl.col("kind")).otherwise("kind")).write_parquet(path)
+    with caplog.at_level(logging.WARNING, logger="datamodules"):
+        module(paths=str(path), **BY_TIME).setup("test")
+    (line,) = [one.message for one in caplog.records if "category that it does not know" in one.message]
+    assert line.startswith("column 'kind': ")
 
 
 def test_outcome_dependent_rules_need_reference_mode(module):
