@@ -315,6 +315,13 @@ class TimeSeriesDataModule(LightningDataModule):
                 split: (np.where(mask[..., None], (series - mean) / std, 0), mask)
                 for split, (series, mask) in both.items()
             }
+        for split, (series, _) in both.items():
+            far = np.argwhere(~(np.abs(series) <= np.finfo(np.float32).max))
+            if len(far):
+                row, step, channel = far[0]
+                where = f"{files[split == 'test']}: row {rows[split][row] + 1}, channel {channel + 1}, step {step + 1}"
+                value = series[row, step, channel]
+                raise ValueError(f"{where}: {value:g} when normalised by training (normalise), beyond float32")
         all_labels = {"train": labels, "validation": labels, "test": test_labels}
         return _Prepared(
             name=files[0].name.split("_TRAIN.")[0],

@@ -3,6 +3,7 @@
 Source: arXiv 2502.20948; the roles of judges, replay, rounds, calibration and the selection rule are ours.
 """
 
+import importlib.util
 import os
 from copy import deepcopy
 from dataclasses import asdict
@@ -20,13 +21,14 @@ from lightning_modules.attacks.campaign import (
     fit_panel,
     fresh_panel,
     judged,
+    require_same_attacks,
     run_chosen,
     seen_levels,
 )
 from lightning_modules.attacks.class_losses import cross_entropy, decisions
 from lightning_modules.attacks.discriminators import AdversarialBank, AttackPlan, DiscriminatorPlan, detection_loss
 from lightning_modules.attacks.frozen_networks import call, confidence, logits_of, taken_mask, takes_mask
-from lightning_modules.attacks.judges import FittedJudge, Judge, NetworkJudge, check_disjoint
+from lightning_modules.attacks.judges import NEEDS_SCIKIT_LEARN, FittedJudge, Judge, NetworkJudge, check_disjoint
 from lightning_modules.attacks.series_batches import whole_split, without_padding
 from lightning_modules.attacks.study import AdversarialSeries, AttackStudy, Role, SeenLevel
 from lightning_modules.attacks.victims import check_logits, load_victim
@@ -139,6 +141,9 @@ class ConcealedAttacker(LightningModule):
         chosen_names = [plan.name for plan in attacks]
         if len(set(names)) < len(names) or len(set(chosen_names)) < len(chosen_names):
             raise ValueError(f"names of discriminators and of attacks must differ, got {names} and {chosen_names}")
+        taken = [judge.name for judge, _ in fresh_panel(z_norm_ddof=0) if judge.name in names]
+        if taken:
+            raise ValueError(f"a discriminator cannot be named {taken[0]!r}, as another judge is")
         if n_folds == 1 or n_folds < 0:
             raise ValueError(f"n_folds must be 0 or at least 2, got {n_folds}")
         if predict_attack is not None and predict_attack not in chosen_names:
@@ -246,17 +251,20 @@ class ConcealedAttacker(LightningModule):
             self._forget()
 
     def on_fit_start(self) -> None:
-        """See that the trainer fits the plans.
+        """See that the trainer fits the plans, and that the judges can be fitted when it is done.
 
         Raises:
             ValueError: If epochs or validation do not suit.
+            ImportError: Without scikit-learn, which a judge is fitted by.
         """
         for name, wanted in (("check_val_every_n_epoch", 1), ("val_check_interval", 1.0)):
             found = getattr(self.trainer, name)
             if type(found) is not type(wanted) or found != wanted:
                 raise ValueError(f"{name} must be {wanted}, attacks are chosen after the last epoch, got {found}")
+        if self.fitted_judges and importlib.util.find_spec("sklearn") is None:  # before hours are spent
+            raise ImportError(NEEDS_SCIKIT_LEARN)
         wanted = self.classifier_epochs + self.discriminator_epochs
-        if self.trainer.max_epochs != wanted:
+        if self.trainer.max_epochs != wanted and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
                 f"trainer.max_epochs must be {wanted}: {self.classifier_epochs} of the classifier and "
                 f"{self.discriminator_epochs} of the longest discriminator plan, got {self.trainer.max_epochs}"
@@ -588,6 +596,14 @@ class ConcealedAttacker(LightningModule):
         found = self._fitted()
         if len(batch["labels"]) == 0:
             return None
+        with self._as_calibrated():
+            return self._judged(batch, found)
+
+    def _as_calibrated(self) -> torch.autocast:
+        """Attacks were chosen and judges calibrated outside of any autocast: so are they run and read."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def _judged(self, batch: dict[str, Tensor], found: dict[str, Any]) -> AttackStudy:
         return judged(
             self.attacks,
             found["chosen"],
@@ -613,17 +629,18 @@ class ConcealedAttacker(LightningModule):
         detector_logits = x_adv.new_zeros(n_iterates, len(attacked), 0)
         iterates = x_adv.expand(n_iterates, *x_adv.shape) if self.keep_iterates else None
         if len(batch["labels"]):  # else other processes have more series
-            result = run_chosen(
-                plan,
-                choice,
-                self.classifier,
-                attacked,
-                batch,
-                surrogate=self._surrogates().get(plan.name),
-                seed=_seed(),
-                max_rows=self.max_rows,
-                keep_iterates=self.keep_iterates,
-            )
+            with self._as_calibrated():
+                result = run_chosen(
+                    plan,
+                    choice,
+                    self.classifier,
+                    attacked,
+                    batch,
+                    surrogate=self._surrogates().get(plan.name),
+                    seed=_seed(),
+                    max_rows=self.max_rows,
+                    keep_iterates=self.keep_iterates,
+                )
             x_adv, logits, detector_logits = result.x_adv, result.logits, result.detector_logits
             iterates = result.iterates
         return AdversarialSeries(
@@ -658,7 +675,8 @@ class ConcealedAttacker(LightningModule):
         """Take up what a fit found.
 
         Raises:
-            ValueError: If it was trained on series of other channels, classes or steps, or with other plans.
+            ValueError: If it was trained on series of other channels, classes or steps, with other plans, or chose of
+                other attacks.
         """
         trained = checkpoint.get("series_facts", self.facts)
         for name, value in self.facts.items():
@@ -667,6 +685,8 @@ class ConcealedAttacker(LightningModule):
         if checkpoint.get("plans", self._names()) != self._names():
             raise ValueError(f"checkpoint holds {checkpoint['plans']}, the config here names {self._names()}")
         self.found = checkpoint.get("found")
+        if self.found is not None:
+            require_same_attacks(self.attacks, self.found["chosen"])
         unfinished = checkpoint.get("unfinished")
         if unfinished is None:
             return

@@ -15,12 +15,16 @@ LIMITS_OF_FIT = frozenset({"trainer.limit_train_batches", "trainer.limit_val_bat
 """Keys that decide what was fitted; another command than `fit`, which they may cut short, need not name them alike."""
 
 _SPEED_ONLY = frozenset({"eval_batch_size", "num_workers", "n_workers", "cache_dir", "impl", "progress"})
-_PREDICT_ONLY = frozenset({"next_session"})  # new every day, of one and the same fit
+# next_session is new every day, of one and the same fit.
+_PREDICT_ONLY = frozenset({"next_session", "predict_attack", "keep_iterates"})
+# By their whole name: the context of event sequences has max_rows too, which decides what is seen.
+_SPEED_ONLY_KEYS = frozenset({"model.init_args.max_rows"})
 # By name and not by an attribute of the class: configs of runs are compared without importing what they name, and
 # Lightning's own callbacks carry no attribute of ours. A callback that is not listed may do anything, so it counts.
 _REPORTING = frozenset(
     {
-        *("AdversarialSeriesWriter", "AttackReport", "ContextReport", "EmbeddingWriter", "EpochLines"),
+        *("AdversarialSeriesWriter", "AttackReport", "ClassPredictionWriter", "ContextReport", "EmbeddingWriter"),
+        *("EpochLines",),
         *("LastCheckpoint", "NaNGuard", "PortfolioReport", "PortfolioWriter", "RandomState", "RankingReport"),
         *("RecommendationWriter", "WandbRun"),
         *("DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "OnExceptionCheckpoint"),
@@ -43,7 +47,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     decisive = {key: config.get(key) for key in ("model", "data", "seed_everything")}
     decisive |= {f"trainer.{key}": value for key, value in _of_trainer(config.get("trainer") or {}).items()}
     uncounted = _SPEED_ONLY | _PREDICT_ONLY
-    return {key: value for key, value in _leaves(decisive) if key.rsplit(".", 1)[-1] not in uncounted}
+    found = {key: value for key, value in _leaves(decisive) if key not in _SPEED_ONLY_KEYS}
+    return {key: value for key, value in found.items() if key.rsplit(".", 1)[-1] not in uncounted}
 
 
 def _of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,11 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     BinaryAccuracy,
-    BinaryAUROC,
     BinaryF1Score,
     MulticlassAccuracy,
-    MulticlassAUROC,
     MulticlassF1Score,
 )
 
@@ -23,7 +21,7 @@ from lightning_modules.attacks.frozen_networks import takes_mask
 from lightning_modules.attacks.series_batches import without_padding
 from lightning_modules.collectives import share
 from lightning_modules.many_devices import require_replicas
-from lightning_modules.metrics import EpochMean
+from lightning_modules.metrics import ClassifierAUC, EpochMean
 from lightning_modules.networks import NetworkFactory, ResCNN
 
 _FACTS = ("n_channels", "n_classes", "n_steps")
@@ -60,7 +58,8 @@ class TimeSeriesClassifier(LightningModule):
     :class:`lightning_modules.callbacks.AdversarialTraining`.
 
     Logged: ``train/loss``, ``val/loss``, ``val/accuracy``, ``val/f1`` and the same with ``test/auroc`` for test. F1 is
-    that of class 1, for K > 2 the mean over classes; AUROC for K > 2 is the mean over classes against the rest.
+    that of class 1, for K > 2 the mean over classes; AUROC for K > 2 is the mean over classes against the rest, of
+    those that the split has; NaN where it has one class alone.
 
     Args:
         n_channels: C.
@@ -107,7 +106,7 @@ class TimeSeriesClassifier(LightningModule):
         self.train_loss, self.val_loss, self.test_loss = EpochMean(), EpochMean(), EpochMean()
         self.val_metrics = self._metrics("val/")
         self.test_metrics = self._metrics("test/")
-        self.test_auroc: Metric = BinaryAUROC() if n_classes == 2 else MulticlassAUROC(n_classes, average="macro")
+        self.test_auroc = ClassifierAUC(n_classes)
 
     def _metrics(self, prefix: str) -> MetricCollection:
         if self.n_classes == 2:
@@ -181,7 +180,7 @@ class TimeSeriesClassifier(LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> ClassPredictions:  # type: ignore[override]
         """Loss, accuracy, F1 and AUROC of a batch; callbacks read what is returned."""
         predictions = self._evaluate(batch, "test", self.test_metrics)
-        self.test_auroc.update(_ranks(predictions.logits), batch["labels"])
+        self.test_auroc.update(predictions.logits, batch["labels"])
         self.log("test/auroc", self.test_auroc, on_step=False, on_epoch=True, batch_size=len(batch["labels"]))
         return predictions
 
@@ -211,14 +210,3 @@ class TimeSeriesClassifier(LightningModule):
             return optimizer
         scheduler = {"scheduler": self.scheduler(optimizer), "interval": "epoch", "monitor": self.monitor}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-
-def _ranks(logits: Tensor) -> Tensor:
-    """Scores inside 0..1, as torchmetrics wants them, that keep the order of the logits.
-
-    A float32 sigmoid is 1 for every logit above 17 and would tie all confident series.
-    """
-    logits = logits.double()
-    if logits.shape[1] > 1:
-        return logits.softmax(1)
-    return 0.5 + 0.5 * nn.functional.softsign(logits.squeeze(1))

@@ -224,7 +224,7 @@ def _without_padding(path: Path, parsed: _Parsed) -> _Parsed:
     for row in parsed.rows:
         cells = row.channels[0].split(parsed.separator) if row.channels else []
         widths.append(len(cells))
-        while cells and cells[-1].strip() == "NaN":
+        while cells and cells[-1].strip().lower() == "nan":
             cells.pop()
         shortened.append(_Row([(parsed.separator or " ").join(cells)] if cells else [], row.label))
     if shortened == parsed.rows:
@@ -239,7 +239,7 @@ def _parse_arff(path: Path, lines: Sequence[str]) -> _Parsed:
     header, rows = _header_and_rows(path, [line for line in lines if not line.startswith("%")])
     attributes = [rest for key, rest in map(_split_once, header) if key == "@attribute"]
     relational = [place for place, rest in enumerate(attributes) if rest.lower().endswith(" relational")]
-    nominal = re.search(r"\{(.*)\}$", attributes[-1]) if attributes else None
+    nominal = re.search(r"\{(.*)\}\s*(%.*)?$", attributes[-1]) if attributes else None
     if nominal is None:
         raise ValueError(f"{path}: the last attribute must be the class, such as '@attribute target {{1,2}}'")
     if len(relational) > 1 or (relational and relational[0] != 0):
@@ -252,9 +252,11 @@ def _parse_arff(path: Path, lines: Sequence[str]) -> _Parsed:
                 raise ValueError(f"{path}: row {number}: is not a quoted series, then a comma and the class")
             found.append(_Row(match[2].split("\\n"), match[3]))
         else:
-            *channel, label = line.rsplit(",", 1)
+            # A name in quotes may hold commas.
+            match = re.fullmatch(r"""(.*),\s*('[^']*'|"[^"]*")""", line)
+            *channel, label = match.groups() if match else line.rsplit(",", 1)
             found.append(_Row(channel, label))
-    declared = tuple(map(class_name, nominal[1].split(",")))
+    declared = tuple(map(class_name, re.findall(r"""\s*('[^']*'|"[^"]*"|[^,]*[^,\s])""", nominal[1])))
     # The class is an attribute too, and so is the relation around the steps.
     width = len(attributes) - (2 if relational else 1)
     return _Parsed(found, ",", declared=declared, n_channels=None if relational else 1, width=width)

@@ -87,6 +87,57 @@ def _conceals(plan: AttackPlan) -> bool:
     return not isinstance(objective, Vanilla) and max(plan.alphas, default=getattr(objective, "alpha", 1)) > 0
 
 
+def settings_of(value: Any) -> Any:
+    """What an attack is made of as plain values: classes with their attributes, functions and networks by name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): settings_of(one) for key, one in value.items()}
+    if isinstance(value, Sequence):
+        return [settings_of(one) for one in value]
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)} {value.double().sum():.9g}"
+    if isinstance(value, torch.nn.Module) or not hasattr(value, "__dict__"):
+        return type(value).__qualname__
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__qualname__
+    own = {name: settings_of(one) for name, one in vars(value).items()}
+    return {"class": type(value).__qualname__, **own}
+
+
+def require_same_attacks(plans: Sequence[AttackPlan], choices: Mapping[str, Mapping[str, Any]]) -> None:
+    """See that what was chosen was chosen of these attacks and grids; choices of older checkpoints do not say.
+
+    Raises:
+        ValueError: If an attack or its grid was another.
+    """
+    for plan in plans:
+        chosen_of = choices.get(plan.name, {}).get("chosen_of")
+        if chosen_of is None:
+            continue
+        differing = _differing(chosen_of, _chosen_of(plan))
+        if differing:
+            where, there, here = differing[0]
+            raise ValueError(
+                f"checkpoint chose attack {plan.name!r} with other settings: {where} is {there!r} there, {here!r} "
+                "here; test and predict with the config of its run"
+            )
+
+
+def _chosen_of(plan: AttackPlan) -> dict[str, Any]:
+    points = [[point.step, point.radius, point.alpha, point.restart] for point in _grid(plan)]
+    return {"attack": settings_of(plan.attack), "calibrate": plan.calibrate, "grid": points}
+
+
+def _differing(one: Any, other: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    """Where two trees of plain values differ, and both values."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = [*one, *(key for key in other if key not in one)]
+        found = (_differing(one.get(key), other.get(key), f"{where}.{key}".lstrip(".")) for key in keys)
+        return [each for parts in found for each in parts]
+    return [] if one == other else [(where, one, other)]
+
+
 def choose(
     plan: AttackPlan,
     classifier: Network,
@@ -111,9 +162,10 @@ def choose(
         max_rows: Series times configurations in memory at a time.
 
     Returns:
-        Plain values: ``step``, ``radius``, ``alpha``, ``restart``, ``iteration``, ``success``, ``scales``, and the
-        tensors ``effectiveness`` and ``concealability``, ``(G, N + 1)``. Of equal configurations the smaller step is
-        chosen, then the smaller radius, the smaller alpha, the fewer iterations, the lower restart.
+        Plain values: ``step``, ``radius``, ``alpha``, ``restart``, ``iteration``, ``success``, ``scales``, the tensors
+        ``effectiveness`` and ``concealability``, ``(G, N + 1)``, and ``chosen_of``, attack and grid. Of equal
+        configurations the smaller step is chosen, then the smaller radius, the smaller alpha, the fewer iterations, the
+        lower restart.
     """
     networks = [judge.network for judge in detectors]
     scales = None
@@ -168,6 +220,7 @@ def choose(
         "effectiveness": effective.cpu(),
         "concealability": concealed.cpu(),
         "scales": scales,
+        "chosen_of": _chosen_of(plan),
     }
 
 
@@ -328,9 +381,9 @@ def judged(
                 radius=choice["radius"],
                 alpha=choice["alpha"],
                 iteration=choice["iteration"],
-                x_adv=result.x_adv.cpu(),
-                logits=result.logits.cpu(),
-                detector_logits=result.detector_logits.cpu(),
+                x_adv=_kept(result.x_adv),
+                logits=_kept(result.logits),
+                detector_logits=_kept(result.detector_logits),
                 scores={judge.name: judge.score(result.x_adv, mask).cpu() for judge, _ in judges},
                 n_bad_gradients=result.n_bad_gradients.cpu(),
                 n_zero_gradients=result.n_zero_gradients.cpu(),
@@ -344,14 +397,19 @@ def judged(
             )
         )
     return AttackStudy(
-        series=clean.cpu(),
+        series=_kept(clean),
         mask=mask.cpu(),
         labels=series["labels"].cpu(),
         index=series["index"].cpu(),
         class_names=class_names,
-        clean_logits=logits_of(classifier, clean, mask).cpu(),
+        clean_logits=_kept(logits_of(classifier, clean, mask)),
         judges=tuple(records),
         attacks=tuple(chosen),
         saturation=saturation,
         seed=seed,
     )
+
+
+def _kept(values: Tensor) -> Tensor:
+    """On the CPU; of half precision in float32, for NumPy and pictures know no bfloat16."""
+    return values.cpu() if values.dtype.itemsize >= 4 else values.cpu().float()

@@ -26,7 +26,7 @@ from lightning_modules.attacks.objectives import Objective
 from lightning_modules.attacks.projections import Projection, Strength, per_series
 from lightning_modules.attacks.run import Evaluation, Networks, Run, check_series
 from lightning_modules.attacks.series_noise import SeriesNoise
-from lightning_modules.attacks.steppers import Stepper
+from lightning_modules.attacks.steppers import Stepper, UniversalStep
 from lightning_modules.attacks.victims import refuse_train_mode
 
 
@@ -114,6 +114,8 @@ class Attack:
             raise ValueError("random_start needs a projection to start inside of, got None")
         if random_start and stepper.starts_itself:
             raise ValueError(f"{type(stepper).__name__} begins at a random point of its own: leave random_start out")
+        if random_start and isinstance(stepper, UniversalStep):
+            raise ValueError("UniversalStep moves all series alike, from the clean ones: leave random_start out")
         refuse_together(constraints)
         self.objective, self.stepper, self.projection = objective, stepper, projection
         self.constraints = tuple(constraints)

@@ -17,6 +17,9 @@ from torch import Tensor
 from lightning_modules.attacks.frozen_networks import Network, logits_of, takes_mask
 from lightning_modules.metrics.attack_functional import roughness
 
+NEEDS_SCIKIT_LEARN = "a one-class SVM judges, which needs scikit-learn: pip install 'seqlit[timeseries]'"
+"""What is said where it is missing."""
+
 PROVENANCE_KEYS = ("seed", "architecture", "training_attacks")
 """What sets a held-out judge apart from the detectors that an attack was made against."""
 
@@ -472,8 +475,10 @@ class OneClassJudge(_OfStatistics):
             ValueError: If there are fewer than 2 series, shapes disagree or a value is not finite.
             ImportError: Without scikit-learn.
         """
-        from sklearn.svm import OneClassSVM
-
+        try:
+            from sklearn.svm import OneClassSVM
+        except ImportError as error:
+            raise ImportError(NEEDS_SCIKIT_LEARN) from error
         compressed = _signed_log(self._fit_z(series, mask))
         machine = OneClassSVM(nu=self.nu, gamma=1 / compressed.shape[1], tol=1e-6).fit(compressed.cpu().numpy())
         self._state["support"] = torch.from_numpy(machine.support_vectors_)

@@ -261,6 +261,8 @@ class AdamStep(Stepper):
 class UniversalStep(Stepper):
     """One perturbation for all series of the batch: ``x + s sign(mean_b h)``; by intent it depends on the batch.
 
+    It begins at the clean series: random starts are drawn for each series, and the perturbation would not be one.
+
     Args:
         step: ``s``, in units of the series.
 

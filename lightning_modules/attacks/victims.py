@@ -75,7 +75,9 @@ def refuse_probabilities(
         output = call(network, points.detach().clone().requires_grad_(), repeated)
         ends_in_sigmoid = _ends_in_sigmoid(output)
         found = output.detach()
-    if not _inside_unit_interval(found):
+    # A softmax by hand overflows where series are large: what it gives there says nothing.
+    found = found[found.isfinite().all(dim=1)]
+    if not len(found) or not _inside_unit_interval(found):
         return
     if found.shape[1] > 1:
         # 1e-3: half precision sums to 1 within about 5e-4
@@ -172,8 +174,9 @@ def load_victim(
     Args:
         class_path: Import path of an ``nn.Module``, such as ``package.module.Class``.
         init_args: Its arguments.
-        weights: File of its ``state_dict``, or of a checkpoint with one under ``"state_dict"`` or ``"model"``; read
-            with ``weights_only``, so that the file cannot run code.
+        weights: File of its ``state_dict``, or of a checkpoint with one under ``"state_dict"`` or ``"model"``, also of
+            a ``TimeSeriesClassifier`` whose ``network`` it is; read with ``weights_only``, so that the file cannot run
+            code.
         program: File of ``torch.export`` (``.pt2``) or of TorchScript (any other ending), in place of a class.
         trusted: That the file of the program may run code, as a script may: torch unpickles parts of a ``.pt2`` and
             evaluates expressions in it, and TorchScript is code. Weights of a class need no such trust.
@@ -371,6 +374,11 @@ def _load_weights(network: nn.Module, path: Path) -> None:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             state = loaded[key]
             break
+    names = network.state_dict().keys()
+    if isinstance(state, dict) and state.keys() != names:
+        # A checkpoint of a LightningModule that holds the network, as TimeSeriesClassifier does, names it in front.
+        inside = {key[8:]: value for key, value in state.items() if str(key).startswith("network.")}
+        state = inside if inside and inside.keys() == names else state
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:

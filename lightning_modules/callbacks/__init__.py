@@ -3,6 +3,7 @@
 from lightning_modules.callbacks.adversarial_training import AdversarialTraining
 from lightning_modules.callbacks.adversarial_writer import AdversarialSeriesWriter
 from lightning_modules.callbacks.attack_report import AttackReport
+from lightning_modules.callbacks.class_writer import ClassPredictionWriter
 from lightning_modules.callbacks.context_report import ContextReport
 from lightning_modules.callbacks.embedding_writer import EmbeddingWriter
 from lightning_modules.callbacks.nan_guard import NaNGuard
@@ -18,6 +19,7 @@ __all__ = [
     "AdversarialSeriesWriter",
     "AdversarialTraining",
     "AttackReport",
+    "ClassPredictionWriter",
     "ContextReport",
     "EmbeddingWriter",
     "EpochLines",

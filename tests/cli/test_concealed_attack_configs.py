@@ -1,5 +1,6 @@
 """The other shipped configs of attacks: they are what they say, and run through the real command."""
 
+import polars as pl
 import pytest
 import torch
 import yaml
@@ -7,6 +8,41 @@ import yaml
 from lightning_modules.networks import PatchTST
 
 CONFIG = "configs/concealed_attack/patch_tst_published.yaml"
+
+
+CLASSIFIER = "configs/concealed_attack/classifier.yaml"
+
+
+def test_a_classifier_is_trained_predicts_and_becomes_a_victim(seqlit, project, tmp_path):
+    pytest.importorskip("sktime", reason="GunPoint is bundled with sktime: seqlit[timeseries]")
+    arguments = ["--config", project / CLASSIFIER, "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
+    arguments += ["--data.init_args.max_length", "48", "--model.init_args.network", "lightning_modules.networks.LSTM"]
+    for command in ("fit", "test", "predict"):
+        status, out, err = seqlit(command, *arguments)
+        assert status == 0, err
+    run = tmp_path / "runs" / "time_series_classifier" / "version_0"
+    frame = pl.read_parquet(run / "class_predictions.parquet")
+    assert "150 class predictions" in out
+    assert frame["index"].to_list() == list(range(150))
+    assert set(frame["label"]) == {0, 1}
+    assert frame["predicted"].to_list() == [int(one[0] >= 0) for one in frame["logits"]]
+
+    victim = {"class_path": "lightning_modules.networks.LSTM", "weights": str(run / "checkpoints" / "best.ckpt")}
+    victim["init_args"] = {"n_channels": 1, "n_classes": 2, "n_steps": 48}
+    settings = yaml.safe_load((project / "configs/concealed_attack/gunpoint.yaml").read_text(encoding="utf-8"))
+    settings["model"]["init_args"] |= {"victim": victim, "n_folds": 0}
+    for plan in settings["model"]["init_args"]["discriminators"]:
+        plan["init_args"] |= {"epochs_per_level": 1, "n_levels": 1}
+        plan["init_args"]["attack"]["init_args"]["n_steps"] = 2
+    for plan in settings["model"]["init_args"]["attacks"]:
+        plan["init_args"]["attack"]["init_args"]["n_steps"] = 2
+    settings["trainer"] |= {"max_epochs": 1, "accelerator": "cpu"}
+    settings["data"]["init_args"]["max_length"] = 48
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    status, out, err = seqlit("fit", "--config", path)
+    assert status == 0, err
+    assert "clean validation series rightly" in out
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """ConcealedAttacker through the Trainer on series with a known rule: what trains, what is chosen, what is judged."""
 
+import importlib.util
 from typing import ClassVar
 
 import numpy as np
@@ -638,6 +639,66 @@ def test_a_checkpoint_of_other_plans_is_refused(run):
         other.on_load_checkpoint(state)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"steps": [0.02]}, r"grid is \[\[0\.02, None, 0\.1, 0\].* there, \[\[0\.02, None, 0\.1, 0\], .* here"),
+        ({"class_loss": "margin"}, "attack.objective.class_loss is 'cross_entropy' there, 'margin' here"),
+        ({"n_steps": 7}, "attack.n_steps is 8 there, 7 here"),
+    ],
+)
+def test_a_choice_of_another_attack_is_refused(run, change, told):
+    """It would be run, and its report would name the settings of the config at hand."""
+    module, *_ = run
+    state = {}
+    module.on_save_checkpoint(state)
+    settings = {"steps": [0.02, 0.1], "class_loss": "cross_entropy", "n_steps": 8} | change
+    attack = Attack(SumReg(class_loss=settings["class_loss"]), SignStep(), n_steps=settings["n_steps"])
+    plan = AttackPlan(name="sum", family="ifgsm", attack=attack, steps=settings["steps"], alphas=[0.1, 10.0])
+    other = attacker(attacks=[*attacker().attacks[:1], plan])
+    with pytest.raises(ValueError, match=f"checkpoint chose attack 'sum' with other settings: {told}"):
+        other.on_load_checkpoint(state)
+
+
+def test_without_scikit_learn_a_fit_ends_before_it_begins(folder, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else found(name))
+    data = TimeSeriesDataModule(folder=str(folder), name="Toy")
+    trainer = Trainer(accelerator="cpu", max_epochs=14, logger=False, enable_checkpointing=False)
+    with pytest.raises(ImportError, match=r"needs scikit-learn: pip install 'seqlit\[timeseries\]'"):
+        trainer.fit(attacker(), data)
+
+
+def test_a_quick_run_of_one_batch_passes(folder):
+    data = TimeSeriesDataModule(folder=str(folder), name="Toy")
+    Trainer(accelerator="cpu", fast_dev_run=True, logger=False, enable_progress_bar=False).fit(attacker(), data)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_judges_read_what_they_were_calibrated_on_in_any_precision(folder, precision):
+    """Of series that calibrated them they say the same again, and what they say can be drawn."""
+    seed_everything(1, verbose=False)
+    data = TimeSeriesDataModule(folder=str(folder), name="Toy", validation_fraction=0.25)
+    module = attacker(n_folds=0)
+    kept = []
+
+    class Keep(Callback):
+        def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            kept.append(outputs)
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "callbacks": [Keep()]}
+    trainer = Trainer(accelerator="cpu", max_epochs=14, precision=precision, **quiet)
+    trainer.fit(module, data)
+    validation = data.arrays("validation")
+    trainer.test(module, torch.utils.data.DataLoader([validation], batch_size=None), verbose=False)
+    (study,) = kept
+    assert study.series.dtype == study.attacks[0].x_adv.dtype == study.clean_logits.dtype == torch.float32
+    for judge in study.judges:
+        if len(judge.calibration):
+            assert torch.equal(judge.clean.sort().values, judge.calibration.sort().values), judge.name
+
+
 def test_epochs_must_be_those_of_the_plans(folder):
     data = TimeSeriesDataModule(folder=str(folder), name="Toy")
     trainer = Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False)
@@ -680,6 +741,10 @@ def _twin(**change):
             "must differ in training_attacks, got Vanilla SignStep in both",
         ),
         ({"discriminators": _twin(name="a")}, "names of discriminators and of attacks must differ"),
+        (
+            {"discriminators": _twin(name="statistics")},
+            "a discriminator cannot be named 'statistics', as another judge",
+        ),
         ({"n_folds": 1}, "n_folds must be 0 or at least 2, got 1"),
         ({"predict_attack": "other"}, "predict_attack must be one of"),
         ({"classifier_epochs": 0}, "classifier_epochs must be at least 1 without a victim, got 0"),

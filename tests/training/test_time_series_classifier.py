@@ -1,5 +1,7 @@
 """The classifier learns, repeats itself, reports what NumPy counts, and is harder to fool after robust training."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,23 @@ def auroc(scores, positive):
     """Share of pairs in order, ties counted half."""
     gaps = scores[positive][:, None] - scores[~positive][None, :]
     return (gaps > 0).mean() + 0.5 * (gaps == 0).mean()
+
+
+@pytest.mark.parametrize(("n_classes", "kept", "expected"), [(3, [0, 1], 1.0), (2, [1], math.nan)])
+def test_auroc_is_of_the_classes_that_are_there(n_classes, kept, expected):
+    model = classifier(n_classes=n_classes)
+    whole = waves(50, n_classes, seed=3)
+    rows = torch.isin(whole["labels"], torch.tensor(kept))
+    some = {name: value[rows] for name, value in whole.items()}
+
+    class Right(torch.nn.Module):
+        def forward(self, series, mask=None):
+            right = torch.nn.functional.one_hot(some["labels"], n_classes).float()
+            return right if n_classes > 2 else right[:, 1:]
+
+    model.network = Right()
+    (found,) = Trainer(**QUIET).test(model, batches(some, int(rows.sum())), verbose=False)
+    assert found["test/auroc"] == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])

@@ -1030,6 +1030,10 @@ GOOD = {"objective": SumReg(0.1), "stepper": SignStep(0.1)}
             lambda: Attack(Vanilla(), SquareSearch(), projection=Linf(0.1), random_start=True),
             "SquareSearch begins at a random point of its own: leave random_start out",
         ),
+        (
+            lambda: Attack(Vanilla(), UniversalStep(), projection=Linf(0.1), random_start=True),
+            "UniversalStep moves all series alike, from the clean ones: leave random_start out",
+        ),
         (lambda: Attack(**GOOD, n_steps=0), "n_steps must be at least 1, got 0"),
     ],
 )

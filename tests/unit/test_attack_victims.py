@@ -33,6 +33,16 @@ def head(n_logits, *after):
         return nn.Sequential(nn.Flatten(), nn.Linear(T * C, n_logits), *after)
 
 
+def by_hand(scale):
+    """A softmax without care for its range."""
+
+    def probabilities(series):
+        odds = (scale * head(3)(series)).exp()
+        return odds / odds.sum(1, keepdim=True)
+
+    return probabilities
+
+
 @pytest.mark.parametrize(
     "network",
     [
@@ -46,6 +56,8 @@ def head(n_logits, *after):
         lambda series: 0.98 * torch.sigmoid(0.003 * head(1)(series)) + 0.01,
         lambda series: 1 - torch.sigmoid(-0.003 * head(1)(series)),
         lambda series: torch.stack([torch.sigmoid(0.003 * k * head(1)(series)) for k in (1, 2)]).mean(0),
+        by_hand(1.0),
+        by_hand(40.0),  # inf / inf where series are large
     ],
 )
 def test_probabilities_are_refused(x, network):
@@ -118,6 +130,19 @@ def test_weights_by_class_path(x, tmp_path):
         class_path="torch.nn.GRU", init_args={"input_size": C, "hidden_size": 4}, weights=tmp_path / "weights.pt"
     )
     assert all(torch.equal(loaded.network.state_dict()[name], value) for name, value in source.state_dict().items())
+
+
+def test_weights_of_a_module_that_holds_the_network(x, tmp_path):
+    """As a checkpoint of TimeSeriesClassifier has them."""
+    source = nn.GRU(C, 4)
+    state = {f"network.{name}": value for name, value in source.state_dict().items()}
+    torch.save({"state_dict": state | {"val_loss.total": torch.zeros(())}}, tmp_path / "best.ckpt")
+    torch.save({"state_dict": state | {"network.other": torch.zeros(1)}}, tmp_path / "more.ckpt")
+    of = {"class_path": "torch.nn.GRU", "init_args": {"input_size": C, "hidden_size": 4}}
+    loaded = load_victim(**of, weights=tmp_path / "best.ckpt")
+    assert all(torch.equal(loaded.network.state_dict()[name], value) for name, value in source.state_dict().items())
+    with pytest.raises(ValueError, match="do not fit GRU"):
+        load_victim(**of, weights=tmp_path / "more.ckpt")
 
 
 def test_programs_can_be_attacked(x, tmp_path):

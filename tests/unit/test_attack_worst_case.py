@@ -18,6 +18,7 @@ from lightning_modules.attacks import (
     run_ensemble,
     standard_attacks,
 )
+from lightning_modules.attacks.ensemble import ZERO_GRADIENT_SHARE
 
 B, T, C = 6, 10, 2
 
@@ -197,6 +198,23 @@ def test_series_misclassified_from_the_start_are_broken_wherever_an_attack_begin
     assert torch.equal(decisions(victim(result.x_adv)) != y, result.fooled)
 
 
+def test_a_loss_that_is_flat_behind_the_boundary_is_no_sign(series):
+    """DLR of three classes is 1 once the true one is the last."""
+    torch.manual_seed(3)
+    weight = torch.randn(3, series[0].numel(), dtype=series.dtype)
+
+    def victim(batch):
+        return batch.flatten(1) @ weight.T
+
+    y = decisions(victim(series))
+    dlr = Attack(Vanilla(class_loss="dlr"), PGDStep(), projection=Linf(3.0), n_steps=20)
+    alone = dlr(victim, series, y)
+    assert alone.n_zero_gradients.double().mean() / alone.n_gradients > ZERO_GRADIENT_SHARE
+    found = run_ensemble({"dlr": dlr}, victim, series, y)
+    assert found.accuracy < 0.1
+    assert not any(flag.startswith("zero gradients") for flag in found.flags)
+
+
 def test_flags_name_what_is_wrong(series):
     victim = linear(1)
     y = decisions(victim(series))
@@ -210,7 +228,7 @@ def test_flags_name_what_is_wrong(series):
         "square": Attack(Vanilla(), SquareSearch(), projection=Linf(1.0), n_steps=60),
     }
     flags = " | ".join(run_ensemble(attacks, Masked(), series, y, generator=0).flags)
-    assert "zero gradients: 100% of those of pgd" in flags
+    assert "zero gradients: 100% of those of pgd on " in flags
     assert "gradient masking: random search turned" in flags
     assert "no progress: pgd fools no more" in flags
 

@@ -61,6 +61,9 @@ def test_identity_is_what_decides_a_result():
     assert identity(config(model__d_model=32)) != base
     assert identity(config(data__paths=["b.csv"])) != base
     assert identity(config() | {"seed_everything": 1}) != base
+    assert identity(config(model__predict_attack="pgd", model__keep_iterates=True, model__max_rows=9)) == base
+    context = identity(config(model__context={"max_rows": 9}))
+    assert context["model.init_args.context.max_rows"] == 9, "of a context it decides what is seen"
 
 
 def with_trainer(**trainer):

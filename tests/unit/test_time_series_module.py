@@ -162,6 +162,16 @@ def test_shorter_split_is_padded_and_long_series_are_cut(tmp_path):
     assert short.arrays("train")["mask"].tolist() == [[True, True], [True, True], [True, False]]
 
 
+def test_what_normalising_takes_beyond_float32_is_refused(tmp_path):
+    (tmp_path / "Far_TRAIN.tsv").write_text("1\t0\t1e-30\n2\t1e-30\t0\n")
+    (tmp_path / "Far_TEST.tsv").write_text("1\t0\t0\n2\t0\t3e30\n")
+    module = TimeSeriesDataModule(folder=str(tmp_path), normalise="global", validation_fraction=0)
+    with pytest.raises(
+        ValueError, match=r"Far_TEST\.tsv: row 2, channel 1, step 2: 6e\+60 when normalised by training"
+    ):
+        module.arrays("test")
+
+
 @pytest.mark.parametrize(
     ("classes", "ordered"),
     [(["10", "9", "-1"], ("-1", "9", "10")), (["walk", "Run", "10"], ("10", "Run", "walk"))],

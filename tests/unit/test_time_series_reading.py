@@ -80,7 +80,7 @@ def test_separators_of_text_files(tmp_path, separator):
 
 def test_series_of_the_archive_that_end_in_nan_are_shorter(tmp_path):
     """Unequal lengths in ``.tsv``: rows of one width, filled up with NaN."""
-    read = read_series(written(tmp_path, "1\t2\t3\tNaN\n2\t4\t5\t6\n1\t7\tNaN\tNaN\r\n", ".tsv"))
+    read = read_series(written(tmp_path, "1\t2\t3\tNaN\n2\t4\t5\t6\n1\t7\tnan\tNaN\r\n", ".tsv"))
     assert (read.lengths.tolist(), read.may_vary) == ([2, 3, 1], True)
     assert read.values[..., 0].tolist() == [[2, 3, 0], [4, 5, 6], [7, 0, 0]]
     assert not read_series(written(tmp_path, "1\t2\t3\n2\t4\t5\n", ".tsv")).may_vary
@@ -110,6 +110,13 @@ def test_quotes_and_comments_of_arff(tmp_path):
     assert (read.labels, read.declared) == (("a", "b"), ("a", "b"))
     read = read_series(written(tmp_path, BAGS + "\"1,2\\n3,4\",a\n'5,6\\n7,8' , b\n", ".arff"))
     assert read.values.tolist() == [[[1, 3], [2, 4]], [[5, 7], [6, 8]]]
+
+
+def test_classes_of_arff_may_hold_commas_and_end_in_a_comment(tmp_path):
+    header = ARFF.replace("{a,b}", "{'left hand','right, hand'} % sides")
+    read = read_series(written(tmp_path, f"{header}1,2,'right, hand'\n3,4,'left hand'\n", ".arff"))
+    assert (read.labels, read.declared) == (("right, hand", "left hand"), ("left hand", "right, hand"))
+    assert read.values[..., 0].tolist() == [[1, 2], [3, 4]]
 
 
 def test_class_names():
@@ -220,7 +227,7 @@ def test_bundled_names_that_do_not_exist(monkeypatch):
         ),
         (".tsv", "", "the file holds no series"),
         (".tsv", "1\t2\t3\n2\t4\tabc\n", "row 2, column 3: 'abc' is not a number"),
-        (".tsv", "1\t2\t3\n2\t4\tnan\n", "row 2, column 3: 'nan' is not a finite number"),
+        (".tsv", "1\t2\t3\n2\tnan\t4\n", "row 2, column 2: 'nan' is not a finite number"),
         (".tsv", "1\t2\t3\tNaN\n2\t4\tNaN\t5\n", "row 2, column 3: 'NaN' is not a finite number"),
         (".tsv", "1\t2\t3\tNaN\n2\t4\n", "row 2: 1 values, NaN at its end included, expected 3"),
         (".tsv", "1\t2\t3\n2\tNaN\tNaN\n", "row 2: holds no values beside the class"),
