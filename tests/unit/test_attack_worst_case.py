@@ -198,20 +198,20 @@ def test_series_misclassified_from_the_start_are_broken_wherever_an_attack_begin
     assert torch.equal(decisions(victim(result.x_adv)) != y, result.fooled)
 
 
-def test_a_loss_that_is_flat_behind_the_boundary_is_no_sign(series):
-    """DLR of three classes is 1 once the true one is the last."""
-    torch.manual_seed(3)
-    weight = torch.randn(3, series[0].numel(), dtype=series.dtype)
+def test_a_loss_that_is_flat_behind_the_boundary_is_no_sign():
+    """DLR of three classes is 1 once the true one is the last, and its float32 gradient 0."""
+    torch.manual_seed(0)
+    series, weight = torch.randn(60, 10, 2), torch.randn(3, 20)
 
     def victim(batch):
         return batch.flatten(1) @ weight.T
 
     y = decisions(victim(series))
-    dlr = Attack(Vanilla(class_loss="dlr"), PGDStep(), projection=Linf(3.0), n_steps=20)
+    dlr = Attack(Vanilla(class_loss="dlr"), PGDStep(), projection=Linf(0.5), n_steps=20)
     alone = dlr(victim, series, y)
-    assert alone.n_zero_gradients.double().mean() / alone.n_gradients > ZERO_GRADIENT_SHARE
+    assert alone.n_zero_gradients.double().mean() / alone.n_gradients > 5 * ZERO_GRADIENT_SHARE
     found = run_ensemble({"dlr": dlr}, victim, series, y)
-    assert found.accuracy < 0.1
+    assert 0 < found.accuracy < 0.1, "those that are left had gradients"
     assert not any(flag.startswith("zero gradients") for flag in found.flags)
 
 
