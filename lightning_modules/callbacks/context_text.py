@@ -155,8 +155,13 @@ def _below(found: Findings, target: dict[str, Any]) -> list[str]:
 
 
 def _attention(found: Findings) -> str:
-    bank = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["bank"].items() if value is not None)
+    plain = {key: value for key, value in found["bank"].items() if not isinstance(value, dict)}
+    bank = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plain.items() if value is not None)
     context = f"Context: {bank}." if bank else ""
+    for name, shares in found["bank"].get("share_without_context", {}).items():
+        if any(shares.values()):
+            told = ", ".join(f"{share:.2%} of {fold}" for fold, share in shares.items())
+            context += f" Queries of {name} that see nobody: {told}."
     seen = found["attention"]
     if seen is None:
         return f"The aggregators have no weights to look at. {context}".strip()

@@ -4,6 +4,7 @@ Q queries, E events, d width of own states, k of a context vector and D of what 
 of an empty context where there is one. Source: spec of arXiv 2502.10205, sections 8 and 11.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -39,6 +40,9 @@ from lightning_modules.networks import EventEncoder, encode_table
 
 FOLDS = ("train", "validation", "test")
 
+SELDOM = 0.01
+"""Share of test queries without context above which a probe that hardly met any in training is warned of."""
+
 LEAST_MOVED = 0.1
 """Share of the train and of the test queries that must meet another moment than their own for a shuffled arm to be one:
 where all are asked at one date its context is that of the arm that it is to control, which nothing could beat."""
@@ -46,6 +50,8 @@ where all are asked at one date its context is that of the arm that it is to con
 SAMPLE_OF_EMBEDDINGS = 2000
 """Queries in the map of the report."""
 
+
+logger = logging.getLogger(__name__)
 
 BankEncoder = Callable[[str], EventEncoder]
 """By the name of a branch what encodes its context."""
@@ -249,9 +255,12 @@ def evaluate(
     events: Events = batch["events"]
     encoded = Encoded(model, events, batch["context_users"], bank_encoder)
     wide_table = None if wide is None else encode_table(wide, events)
-    targets = []
+    targets, alone = [], {}
     for name, queries in tqdm(batch["queries"].items(), desc="targets", disable=None, leave=False):
-        features, n_events, recency = _features(encoded, queries, evaluation, wide, wide_table, batch["split"], seed)
+        split = batch["split"]
+        features, n_events, recency, empty = _features(encoded, queries, evaluation, wide, wide_table, split, seed)
+        if empty is not None:
+            alone[name] = _share_alone(name, empty, queries["fold"])
         targets.append(_probed(name, queries, features, n_events, recency, evaluation, seed))
     explained = evaluation.explained or _with_weights(model)
     first = next(iter(batch["queries"].values()))
@@ -264,9 +273,28 @@ def evaluate(
         user_ids=tuple(batch["user_ids"]),
         attention=None if explained is None else _attention(encoded, explained, own, tested, evaluation.n_influencers),
         embeddings=_sample(encoded, explained or model.aggregators[0], own, tested, next(iter(batch["queries"])), seed),
-        bank={"n_users": bank.n_users, "n_states": len(bank.times), **bank.visibility.plain()},
+        bank={
+            "n_users": bank.n_users,
+            "n_states": len(bank.times),
+            **bank.visibility.plain(),
+            **({"share_without_context": alone} if alone else {}),
+        },
         seed=seed,
     )
+
+
+def _share_alone(name: str, empty: Tensor, fold: Tensor) -> dict[str, float]:
+    """Share of the queries of each fold that see nobody; warns where those of the test are new to a probe."""
+    found = {of: float(empty[fold == number].double().mean()) for number, of in enumerate(FOLDS)}
+    if found["test"] > SELDOM and found["train"] < found["test"] / 10:
+        logger.warning(
+            "target %r: %.1f %% of the test queries see nobody, of the train queries %.2f %%: no probe has learned "
+            "what that means, and arms with context may lose by it",
+            name,
+            100 * found["test"],
+            100 * found["train"],
+        )
+    return found
 
 
 def _features(
@@ -277,7 +305,8 @@ def _features(
     wide_table: Tensor | None,
     split: str,
     seed: int,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
+    """Features by arm, numbers of own events, recency, and where the rules flag them, which queries see nobody."""
     model, events = encoded.model, encoded.events
     users, times, fold = queries["users"], queries["times"], queries["fold"]
     shuffled = shuffled_times(times, fold, seed)
@@ -299,7 +328,8 @@ def _features(
         if name in also_shuffled:
             contexts[f"shuffled:{name}"] = encoded.context(name, states, users, shuffled)
     # The vectors alone: a flag of empty contexts is no noise to be drawn.
-    trained = contexts[names[0]][fold == 0, : model.d_context(names[0])]
+    vectors, flag = contexts[names[0]].tensor_split([model.d_context(names[0])], 1)
+    trained = vectors[fold == 0]
     contexts["gaussian"] = gaussian_like(trained, len(users), seed)
     contexts["constant"] = constant_context(trained.mean(0), len(users))
     if wide is not None and wide_table is not None:
@@ -315,7 +345,8 @@ def _features(
         for control in ("gaussian", "constant"):
             combinations[control] = combinations[names[0]]
             queried[control] = queried.get(names[0], queried["own"])
-    return assemble(arms, queried, calendar, contexts, combinations), n_events, recency
+    features = assemble(arms, queried, calendar, contexts, combinations)
+    return features, n_events, recency, flag[:, 0] == 1 if flag.shape[1] else None
 
 
 def _probed(

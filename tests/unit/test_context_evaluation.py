@@ -1,5 +1,6 @@
 """From a model to a study: every arm's features, where a query stands, and what is exported."""
 
+import logging
 from functools import partial
 
 import pytest
@@ -168,6 +169,25 @@ def test_probes_read_what_is_exported(batch, combination, tune):
     exports = exported(model, batch, Evaluation(explained="kernel"))
     # float32 products of 12 numbers below 1, in an order that depends on how many queries are asked together
     torch.testing.assert_close(exports.embedding, calls["kernel"][4], rtol=0, atol=1e-6)
+
+
+def test_test_queries_that_see_nobody_are_warned_of_where_a_probe_hardly_met_any(batch, caplog):
+    """By a flag that is 1 on the test alone a probe may say anything."""
+    local = batch["queries"]["local"]
+    before = int(batch["events"]["times"].min()) - 1
+    times = torch.where(local["fold"] == 2, before, local["times"].clamp(min=before + 10 * 86_400_000_000))
+    late = batch | {"queries": {"local": local | {"times": times}}}
+    model = enriched({"mean": Mean})
+    for asked, warns in ((late, True), (batch, False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="lightning_modules"):
+            study, _ = study_of(model, asked, gaussian=False, constant=False)
+        assert ("target 'local': 100.0 % of the test queries see nobody" in caplog.text) == warns
+        shares = study.bank["share_without_context"]["local"]
+        assert list(shares) == ["train", "validation", "test"]
+        assert shares["test"] == float(warns)
+    unflagged, _ = study_of(enriched({"mean": Mean}, empty_flag=False), batch, gaussian=False, constant=False)
+    assert "share_without_context" not in unflagged.bank
 
 
 def test_arms_that_are_not_wanted_are_left_out(batch):
