@@ -435,6 +435,8 @@ class ConcealedAttacker(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING and self._discriminator_epoch < 0:
+            self.print("`validate` shows the classifier alone: discriminators and attacks are judged by `test`")
         self._validated, self._scores = [], {}
         self.val_loss.reset()
         self.val_accuracy.reset()

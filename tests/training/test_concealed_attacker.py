@@ -669,6 +669,14 @@ def test_without_scikit_learn_a_fit_ends_before_it_begins(folder, monkeypatch):
         trainer.fit(attacker(), data)
 
 
+def test_validate_says_that_it_shows_the_classifier_alone(run, capsys):
+    module, data, _, _ = run
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    (found,) = trainer.validate(module, data, verbose=False)
+    assert found.keys() == {"val/accuracy", "val/loss"}
+    assert "shows the classifier alone" in capsys.readouterr().out
+
+
 def test_a_quick_run_of_one_batch_passes(folder):
     data = TimeSeriesDataModule(folder=str(folder), name="Toy")
     Trainer(accelerator="cpu", fast_dev_run=True, logger=False, enable_progress_bar=False).fit(attacker(), data)
