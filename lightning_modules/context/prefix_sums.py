@@ -56,6 +56,11 @@ class PrefixSums:
         self._now: tuple[Tensor, ...] = ()
 
     @property
+    def states(self) -> Tensor:
+        """``(E_C, d)`` states that are summed, by row of the bank."""
+        return self.line.states
+
+    @property
     def n_bytes(self) -> int:
         """Bytes held beyond the raw events, which are the user and the time of each: the bank, its states, and sums."""
         own = (value for value in vars(self).values() if isinstance(value, Tensor))
@@ -66,7 +71,7 @@ class PrefixSums:
     def _new_blocks(self) -> range:
         """Blocks that are full and have no sum yet."""
         self.line.refresh()
-        return range(self.n_blocks, len(self.line.states) // self.block)
+        return range(self.n_blocks, len(self.states) // self.block)
 
 
 def _checked(times: Tensor, users: Tensor) -> None:
@@ -97,7 +102,7 @@ class PrefixMean(PrefixSums):
         return cls(bank, block)
 
     def _extend(self) -> None:
-        new, states = self._new_blocks(), self.line.states
+        new, states = self._new_blocks(), self.states
         self.sums = with_room(self.sums, new.stop + 1)
         step = max(1, CHUNK_BYTES // (8 * max(1, states.shape[1]) * self.block))
         for start in new[::step]:
@@ -130,9 +135,9 @@ class PrefixMean(PrefixSums):
         own, found = self.line.hidden(moments, query_users)
         counts = n_users - found.long()
         sums = self._sums(n_events)[place]
-        sums[found] -= self.line.states[own[found]].double()
+        sums[found] -= self.states[own[found]].double()
         means = torch.where((counts > 0).unsqueeze(1), sums / counts.clamp(min=1).unsqueeze(1), 0)
-        return means.to(self.line.states.dtype), counts
+        return means.to(self.states.dtype), counts
 
     def _sums(self, n_events: Tensor) -> Tensor:
         """``(P, d) float64`` sums over users after the first ``n_events`` events."""
@@ -142,7 +147,7 @@ class PrefixMean(PrefixSums):
         if not len(rows):
             return self.sums[done]
         # each event brings its state and, where there was one, takes the state before: + + - + - ...
-        earlier, states = self.line.earlier(rows), self.line.states
+        earlier, states = self.line.earlier(rows), self.states
         replaces = earlier >= 0
         width = 1 + replaces.long()
         begins = torch.cat([width.new_zeros(1), width.cumsum(0)])
@@ -213,12 +218,13 @@ class PrefixMoments(PrefixSums):
                 now += change
                 rows[done + 1] = now
         self.n_blocks = max(self.n_blocks, new.stop)
+        if not self.line.grows:
+            self._now = ()  # no block follows
 
     def _changes(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """``(m, d)`` states that events start..stop bring and replace, ``(m, r)`` their features, + or -; float64."""
         rows = self.line.rows(slice(start, stop))
-        earlier = self.line.earlier(rows)
-        states = self.line.states.index_select(0, torch.cat([rows, earlier[earlier >= 0]]))
+        states = self.states.index_select(0, torch.cat([rows, self.line.replaced(rows)]))
         with torch.no_grad():
             weighted = self.features(states).double()
         weighted[len(rows) :] *= -1
@@ -244,7 +250,7 @@ class PrefixMoments(PrefixSums):
             allowed = (len(query_times), self.first_moments.shape[1])
             raise ValueError(f"query_features must have shape {allowed}, got {tuple(query_features.shape)}")
         self._extend()
-        bank_states = self.line.states
+        bank_states = self.states
         moments = self.visibility.moments(query_times)
         n_events, n_users = self.line.positions(moments)
         own, found = self.line.hidden(moments, query_users)
@@ -270,7 +276,7 @@ class PrefixMoments(PrefixSums):
         not see never meets it.
         """
         by_events = n_events.argsort(stable=True)
-        above, below = [query.new_zeros(0, self.line.states.shape[1])], [query.new_zeros(0)]
+        above, below = [query.new_zeros(0, self.states.shape[1])], [query.new_zeros(0)]
         replayed = [query.new_zeros(0)]
         for queries in by_events.split(torch.unique(n_events, return_counts=True)[1].tolist()):
             stop = int(n_events[queries[0]])

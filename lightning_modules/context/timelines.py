@@ -24,6 +24,9 @@ class Timeline(ABC):
         ValueError: If the bank hides states by age, group or number, which a sum over all users cannot.
     """
 
+    grows = False
+    """Whether the bank may get more events."""
+
     def __init__(self, visibility: Visibility) -> None:
         for name, hides in (
             ("max_age_days", visibility.max_age is not None),
@@ -56,6 +59,11 @@ class Timeline(ABC):
     @abstractmethod
     def earlier(self, rows: Tensor) -> Tensor:
         """``int64`` rows of the states that those of ``rows`` replaced, -1 of a user's first."""
+
+    def replaced(self, rows: Tensor) -> Tensor:
+        """``int64`` rows of the states that those of ``rows`` replaced; fewer, since first events replace nothing."""
+        earlier = self.earlier(rows)
+        return earlier[earlier >= 0]
 
     @abstractmethod
     def positions(self, moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +115,9 @@ class _Whole(Timeline):
     def earlier(self, rows: Tensor) -> Tensor:
         return torch.where(self.is_first[rows], -1, rows - 1)
 
+    def replaced(self, rows: Tensor) -> Tensor:
+        return rows[~self.is_first[rows]] - 1  # the same in fewer operations, once for every query
+
     def positions(self, moments: Tensor) -> tuple[Tensor, Tensor]:
         return _before(self.sorted_times, self.first_times, moments, self.visibility)
 
@@ -129,6 +140,8 @@ class _Whole(Timeline):
 
 class _Growing(Timeline):
     """Its rows stand in order of arrival, which must be the order of time; first times are found as events come."""
+
+    grows = True
 
     def __init__(self, bank: StreamingBank) -> None:
         super().__init__(bank.visibility)
