@@ -3,13 +3,10 @@
 from typing import Any
 
 import polars as pl
-from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.attacks.class_losses import decisions
 from lightning_modules.attacks.study import AdversarialSeries
-from lightning_modules.callbacks.results_folder import results_folder
-from lightning_modules.collectives import from_first, gather_objects
-from lightning_modules.run_folder import write_parquet
+from lightning_modules.callbacks.frame_writer import FrameWriter
 
 
 def series_frame(found: AdversarialSeries) -> pl.DataFrame:
@@ -59,44 +56,11 @@ def series_frame(found: AdversarialSeries) -> pl.DataFrame:
     )
 
 
-class AdversarialSeriesWriter(Callback):
-    """Writes what ``predict`` gives to ``adversarial_series.parquet`` in the run folder, whole or not at all.
+class AdversarialSeriesWriter(FrameWriter):
+    """Writes what ``predict`` gives to ``adversarial_series.parquet`` in the run folder, see :class:`FrameWriter`."""
 
-    Rows are in the order of ``index``; of several processes the first writes those of all.
-    """
+    file, what, kind = "adversarial_series.parquet", "adversarial series", AdversarialSeries
 
-    def __init__(self) -> None:
-        self._frames: list[pl.DataFrame] = []
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier prediction."""
-        self._frames = []
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep a batch.
-
-        Raises:
-            ValueError: If the module predicts something else.
-        """
-        if not isinstance(outputs, AdversarialSeries):
-            raise ValueError(f"AdversarialSeriesWriter needs AdversarialSeries, got {type(outputs).__name__}")
-        self._frames.append(series_frame(outputs))
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write."""
-        folder = results_folder(trainer)  # a collective
-        frames = [frame for kept in gather_objects(self._frames) for frame in kept]
-        self._frames = []
-        if frames and folder is not None:
-            path = folder / "adversarial_series.parquet"
-            from_first(
-                lambda: write_parquet(path, pl.concat(frames).sort("index", maintain_order=True), "adversarial series")
-            )
+    def frame(self, outputs: AdversarialSeries, batch: Any) -> pl.DataFrame:
+        """See :func:`series_frame`."""
+        return series_frame(outputs)

@@ -3,13 +3,10 @@
 from typing import Any
 
 import polars as pl
-from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_modules.attacks.class_losses import decisions
-from lightning_modules.callbacks.results_folder import results_folder
-from lightning_modules.collectives import from_first, gather_objects
-from lightning_modules.run_folder import write_parquet
+from lightning_modules.callbacks.frame_writer import FrameWriter
 from lightning_modules.time_series_classifier import ClassPredictions
 
 
@@ -29,44 +26,11 @@ def predictions_frame(found: ClassPredictions, labels: Tensor) -> pl.DataFrame:
     )
 
 
-class ClassPredictionWriter(Callback):
-    """Writes what ``predict`` gives to ``class_predictions.parquet`` in the run folder, whole or not at all.
+class ClassPredictionWriter(FrameWriter):
+    """Writes what ``predict`` gives to ``class_predictions.parquet`` in the run folder, see :class:`FrameWriter`."""
 
-    Rows are in the order of ``index``; of several processes the first writes those of all.
-    """
+    file, what, kind = "class_predictions.parquet", "class predictions", ClassPredictions
 
-    def __init__(self) -> None:
-        self._frames: list[pl.DataFrame] = []
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier prediction."""
-        self._frames = []
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep a batch.
-
-        Raises:
-            ValueError: If the module predicts something else.
-        """
-        if not isinstance(outputs, ClassPredictions):
-            raise ValueError(f"ClassPredictionWriter needs ClassPredictions, got {type(outputs).__name__}")
-        self._frames.append(predictions_frame(outputs, batch["labels"]))
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write."""
-        folder = results_folder(trainer)  # a collective
-        frames = [frame for kept in gather_objects(self._frames) for frame in kept]
-        self._frames = []
-        if frames and folder is not None:
-            path = folder / "class_predictions.parquet"
-            from_first(
-                lambda: write_parquet(path, pl.concat(frames).sort("index", maintain_order=True), "class predictions")
-            )
+    def frame(self, outputs: ClassPredictions, batch: Any) -> pl.DataFrame:
+        """See :func:`predictions_frame`."""
+        return predictions_frame(outputs, batch["labels"])
