@@ -133,7 +133,12 @@ class EventLog:
 
     def inside_ticks(self, times: Ints) -> Bools:
         """``(Q,)``: moments between two stamps, at which what carries the earlier one counts as known."""
-        return (times - self.times[self.train_rows][0]) % self.tick != 0
+        return (times - self.stamp) % self.tick != 0
+
+    @cached_property
+    def stamp(self) -> int:
+        """A stamp of training, from which the ticks of the clock count."""
+        return int(self.times[self.train_rows.argmax()])
 
     @cached_property
     def users(self) -> Ints:

@@ -534,7 +534,7 @@ def _inside_ticks(name: str, log: EventLog, times: Ints) -> list[str]:
     inside = log.inside_ticks(times)
     if not inside.any():
         return []
-    stamp = datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=int(log.times[log.train_rows][0]))
+    stamp = datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=log.stamp)
     return [
         f"target {name!r}: {inside.sum()} of {len(times)} queries lie between two stamps of the log's clock, such as "
         f"{stamp}, which are {datetime.timedelta(microseconds=log.tick)} apart: what carries the earlier one is known "

@@ -39,9 +39,10 @@ from lightning_modules.run_folder import drafted, write_whole
 TEST_FOLD = 2
 OF_MODELS = ("ckpt_path", "target", "n_queries", "n_cuts", "n_users", "tolerance")
 """Options that mean nothing without ``--config``."""
+NAMED = ("user_column", "time_column", "time_unit")
+"""Options that say how a file is read, which events may have of their own as ``--events_...``."""
 OF_TABLES = (
-    *("table", "events", "user_column", "time_column", "embedding_column", "time_unit", "columns"),
-    *("events_user_column", "events_time_column", "events_time_unit"),
+    *("table", "events", "embedding_column", "columns", *NAMED, *(f"events_{name}" for name in NAMED)),
     *("truncated", "cut", "write_truncated", "implausible"),
 )
 """Options that mean nothing with it."""
@@ -91,7 +92,8 @@ def audit_main(arguments: list[str]) -> int:
             raise ValueError(
                 "audit: --write_truncated needs --events, --time_column and --cut, and no --table or --truncated"
             )
-        column, unit = known.events_time_column or known.time_column, known.events_time_unit or known.time_unit
+        of_events = _names(known, of_events=True)
+        column, unit = of_events["time_column"], of_events["time_unit"]
         write_truncated(Path(known.events), Path(known.write_truncated), column, unit, cut)
         return 0
     if known.table is None:
@@ -125,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--events", help="the events it read, CSV or Parquet")
     parser.add_argument("--user_column", default="user")
     parser.add_argument("--time_column", default="time")
-    for name in ("user_column", "time_column", "time_unit"):
+    for name in NAMED:
         choices = tuple(MICROSECONDS) if name == "time_unit" else None
         parser.add_argument(
             f"--events_{name}", choices=choices, help=f"of the events, if not that of --{name}, of the embeddings"
@@ -184,10 +186,16 @@ def _finish(findings: list[AuditFinding], output: str | None) -> int:
     return exit_code(findings)
 
 
+def _names(known: argparse.Namespace, *, of_events: bool = False) -> dict[str, Any]:
+    """What columns of the embeddings are called, or those of the events, which go by the same unless they say so."""
+    own = {name: getattr(known, f"events_{name}") for name in NAMED} if of_events else {}
+    return {name: own.get(name) or getattr(known, name) for name in NAMED}
+
+
 def _audit_files(known: argparse.Namespace, cut: int | None) -> list[AuditFinding]:
-    names: Any = {"user_column": known.user_column, "time_column": known.time_column, "time_unit": known.time_unit}
+    names = _names(known)
     embeddings = read_embeddings(Path(known.table), embedding_column=known.embedding_column, **names)
-    of_events = {name: getattr(known, f"events_{name}") or value for name, value in names.items()}
+    of_events = _names(known, of_events=True)
     events, embeddings = read_events(Path(known.events), embeddings, columns=known.columns, **of_events)
     truncated = None
     if known.truncated is not None:

@@ -59,5 +59,5 @@ class FrameWriter(Callback, ABC):
         frames = [frame for kept in gather_objects(self._frames) for frame in kept]
         self._frames = []
         if frames and folder is not None:
-            rows = pl.concat(frames).sort("index", maintain_order=True)
-            from_first(lambda: write_parquet(folder / self.file, rows, self.what))
+            path = folder / self.file
+            from_first(lambda: write_parquet(path, pl.concat(frames).sort("index", maintain_order=True), self.what))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_modules.context.aggregators import Aggregator, AggregatorFactory, Mean
 from lightning_modules.context.as_of import drawn_context_users
 from lightning_modules.context.bank import ContextBank, own_states
-from lightning_modules.context.combination import CombinationFactory, Concat
+from lightning_modules.context.combination import Combination, CombinationFactory, Concat
 from lightning_modules.context.controls import arm_names
 from lightning_modules.context.positive_features import LinearKernel
 from lightning_modules.context.prefix_sums import PrefixMean, PrefixMoments
@@ -302,9 +302,12 @@ class EnrichedEncoder(nn.Module):
 
     def d_context(self, name: str) -> int:
         """Width of the context vectors of a branch, without the flag."""
+        return self._combination(name).d_context
+
+    def _combination(self, name: str) -> Combination:
         combination = self.branch(name).combination
         assert combination is not None
-        return combination.d_context
+        return combination
 
     @property
     def aggregators(self) -> list[str]:
@@ -423,8 +426,7 @@ class EnrichedEncoder(nn.Module):
         A flag of empty contexts behind the vectors stands behind z, for the combination was trained without it.
         Computed without autocast, like the contexts; returned like the own states.
         """
-        combination = self.branch(name).combination
-        assert combination is not None
+        combination = self._combination(name)
         like = next(combination.parameters(), own)
         with torch.autocast(like.device.type, enabled=False):
             vectors, flag = context.to(like).split([combination.d_context, context.shape[1] - combination.d_context], 1)

@@ -112,7 +112,7 @@ class PrefixMean(PrefixSums):
             replaced = torch.where((earlier >= 0).unsqueeze(2), states[earlier.clamp(min=0)], 0)
             changes = states[rows].double() - replaced.double()
             self.sums[start + 1 : stop + 1] = self.sums[start] + changes.sum(1).cumsum(0)
-        self.n_blocks = max(self.n_blocks, new.stop)
+        self.n_blocks = new.stop
 
     def mean(self, query_times: Tensor, query_users: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over all users that a query sees.
@@ -217,7 +217,7 @@ class PrefixMoments(PrefixSums):
             for rows, now, change in zip(kept, self._now, changes, strict=True):
                 now += change
                 rows[done + 1] = now
-        self.n_blocks = max(self.n_blocks, new.stop)
+        self.n_blocks = new.stop
         if not self.line.grows:
             self._now = ()  # no block follows
 
